@@ -1,0 +1,54 @@
+"""The last layer of a language model, as data: a weight, a bias, and what some families do to the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """logits = softcap(scale * (hidden @ weight.T + bias)), over the real ids only.
+
+    `vocab_size` cuts the padded rows of an embedding before any softmax (METHODS D13): they are not tokens.
+    """
+
+    weight: Tensor  # [V', D], V' >= vocab_size
+    vocab_size: int
+    bias: Tensor | None = None  # [V']
+    scale: float = 1.0  # Cohere's logit_scale, 1 / Granite's logits_scaling
+    softcap: float | None = None  # Gemma's final_logit_softcapping: s * tanh(z / s)
+
+    @classmethod
+    def of(cls, model: Any, vocab_size: int | None = None) -> Head:
+        """The head of a transformers causal language model, cut to `vocab_size` real ids (default: all)."""
+        linear = model.get_output_embeddings()
+        config = model.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+        rows = config.vocab_size
+        return cls(
+            weight=linear.weight,
+            bias=getattr(linear, "bias", None),
+            vocab_size=min(vocab_size or rows, rows),
+            scale=float(scale),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def cut(self, vocab_size: int) -> Head:
+        """The same head over the first `vocab_size` ids."""
+        return replace(self, vocab_size=min(self.vocab_size, vocab_size))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., D] -> logits [..., V] in float32."""
+        weight = self.weight[: self.vocab_size]
+        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight).float()
+        if self.bias is not None:
+            logits = logits + self.bias[: self.vocab_size].float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
