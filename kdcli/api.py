@@ -63,6 +63,7 @@ class Example:
     score: float | None = None
     weight: float = 1.0
     meta: Mapping[str, Any] = field(default_factory=dict)  # id, source, license, teacher, template, parents
+    where: str = field(default="", compare=False)  # file:line it was read from, for messages; no part of the content
 
     @property
     def kind(self) -> str:
@@ -143,6 +144,11 @@ class TeacherSignal:
     hidden_states: tuple[Tensor, ...] | None = None  # per layer [B, T, D]
     reward: Tensor | None = None  # [E]
     reference_logprobs: Tensor | None = None  # [B, T]
+    _log_softmax: dict[float, Tensor] = field(default_factory=dict, repr=False)
+
+    def log_p(self, temperature: float = 1.0) -> Tensor | None:
+        """log softmax(logits / temperature), [1, C, V], once per temperature and chunk; None for a sparse teacher."""
+        return None if self.logits is None else _log_softmax(self.logits, temperature, self._log_softmax)
 
 
 @dataclass(kw_only=True)
@@ -156,11 +162,8 @@ class StudentOutput:
 
     def log_q(self, temperature: float = 1.0) -> Tensor:
         """log softmax(logits / temperature), [1, C, V]; computed once per temperature and chunk."""
-        if temperature not in self._log_softmax:
-            assert self.logits is not None, "logits exist only inside a chunk"
-            logits = self.logits if temperature == 1.0 else self.logits / temperature
-            self._log_softmax[temperature] = torch.log_softmax(logits, dim=-1)
-        return self._log_softmax[temperature]
+        assert self.logits is not None, "logits exist only inside a chunk"
+        return _log_softmax(self.logits, temperature, self._log_softmax)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,9 +220,11 @@ class Teacher(ABC):
 class Student(nn.Module, ABC):
     """The model that learns: a transformers model, its tokenizer and its head."""
 
-    model: Any  # transformers.PreTrainedModel
+    model: Any  # transformers.PreTrainedModel; None until `load`, or until a StudentInit makes it
     tokenizer: Any
     head: Head
+    dtype: str = "float32"  # of the parameters a StudentInit makes
+    attention: str | None = None  # transformers' attn_implementation
 
     def load_tokenizer(self) -> Any:
         """Load and return the tokenizer alone."""
@@ -228,6 +233,11 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def load(self, device: torch.device) -> None:
         """Load weights and tokenizer; afterwards `model`, `tokenizer` and `head` are set."""
+
+    def adopt(self, model: Any, tokenizer: Any) -> None:
+        """Make `model` and `tokenizer` the student's own, with a head cut to the tokenizer's real ids."""
+        self.model, self.tokenizer = model, tokenizer
+        self.head = Head.of(model, 1 + max(tokenizer.get_vocab().values()))
 
     @abstractmethod
     def forward(self, batch: Batch) -> Tensor:
@@ -287,6 +297,8 @@ class DomainScheduler(Stateful, ABC):
 class Data(ABC):
     """Named domains of examples."""
 
+    max_bad_fraction: float = 0.0  # share of rows that may be dropped instead of stopping the run
+
     @abstractmethod
     def domains(self) -> dict[str, Iterable[Example]]:
         """Domain name -> examples, re-iterable, in a fixed order. Raises ConfigError naming file and line."""
@@ -294,6 +306,10 @@ class Data(ABC):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the content: equal content, equal fingerprint, wherever it lies."""
+
+    def bad_rows(self) -> dict[str, str]:
+        """Rows dropped while iterating so far: where -> reason. Empty unless `max_bad_fraction` > 0."""
+        return {}
 
 
 class Transform(ABC):
@@ -413,3 +429,11 @@ def _moved(record: Any, device: torch.device | str) -> dict[str, Any]:
     """The fields of a dataclass that can move, moved."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     return {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | TeacherView)}
+
+
+def _log_softmax(logits: Tensor, temperature: float, known: dict[float, Tensor]) -> Tensor:
+    """log softmax(logits / temperature), computed once per temperature."""
+    if temperature not in known:
+        scaled = logits if temperature == 1.0 else logits / temperature
+        known[temperature] = torch.log_softmax(scaled, dim=-1)
+    return known[temperature]

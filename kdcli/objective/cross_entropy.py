@@ -1,0 +1,37 @@
+"""Cross-entropy with the data's own tokens (supervised fine-tuning); label smoothing: Szegedy et al. 2016."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from kdcli.api import Batch, Objective, StudentOutput, TeacherSignal
+from kdcli.errors import ConfigError
+
+
+class CrossEntropy(Objective):
+    """(1 - e) (-log q_y) + e mean_v(-log q_v), e = `label_smoothing` (arXiv:1512.00567, section 7, over all V)."""
+
+    def __init__(self, *, weight: float = 1.0, domains: Sequence[str] = (), label_smoothing: float = 0.0) -> None:
+        super().__init__(weight=weight, domains=domains)
+        if not 0 <= label_smoothing < 1:
+            raise ConfigError(f"CrossEntropy: label_smoothing is {label_smoothing}; set a share in [0, 1)")
+        self.label_smoothing = label_smoothing
+
+    def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
+        log_q = student.log_q()
+        value = -log_q.gather(-1, batch.targets.unsqueeze(-1)).squeeze(-1)
+        if self.label_smoothing:
+            value = (1 - self.label_smoothing) * value - self.label_smoothing * log_q.mean(-1)
+        return value
+
+    def closed_form(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> tuple[Tensor, Tensor]:
+        """d / dz = q - (1 - e) onehot(y) - e / V."""
+        gradient = student.log_q().exp()
+        if self.label_smoothing:
+            gradient.sub_(self.label_smoothing / gradient.shape[-1])
+        share = torch.full_like(batch.targets, 1, dtype=gradient.dtype).mul_(self.label_smoothing - 1)
+        gradient.scatter_add_(-1, batch.targets.unsqueeze(-1), share.unsqueeze(-1))
+        return self(batch, student, teacher), gradient

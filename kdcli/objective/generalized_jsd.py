@@ -1,0 +1,42 @@
+"""Generalized Jensen-Shannon divergence: Agarwal et al. 2024 (GKD), arXiv:2306.13649, eq. 1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from kdcli.errors import ConfigError
+from kdcli.objective._divergence import Divergence, TemperatureScale
+from kdcli.ops import divergence
+
+
+class GeneralizedJSD(Divergence):
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; beta weights the teacher.
+
+    DistiLLM's `lam` is 1 - beta. At the ends the paper's formula is 0 everywhere (METHODS D2), so beta must lie
+    strictly between 0 and 1: raises ConfigError, naming forward_kl and reverse_kl.
+    """
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        domains: Sequence[str] = (),
+        temperature: float = 1.0,
+        temperature_scale: TemperatureScale = "none",
+        beta: float = 0.5,
+    ) -> None:
+        super().__init__(weight=weight, domains=domains, temperature=temperature, temperature_scale=temperature_scale)
+        if not 0 < beta < 1:
+            raise ConfigError(
+                f"GeneralizedJSD: beta is {beta}, where the divergence is 0 for every student; choose 0 < beta < 1, "
+                "or objective forward_kl or reverse_kl"
+            )
+        self.beta = beta
+
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return divergence.generalized_jsd(log_p, log_q, self.beta)
+
+    def divergence_gradient(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        return divergence.generalized_jsd_gradient(log_p, log_q, self.beta)
