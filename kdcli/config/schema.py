@@ -1,0 +1,81 @@
+"""The keys of `run` and `batch`, and which sections a config of each verb has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+COMPONENTS = {  # section -> the interface in kdcli.api its `_target_` implements
+    "teacher": "Teacher",
+    "student": "Student",
+    "student_init": "StudentInit",
+    "objective": "Objective",
+    "rollout": "Rollout",
+    "data": "Data",
+    "domain_scheduler": "DomainScheduler",
+    "evaluation": "Evaluator",
+    "report": "Reporter",
+    "engine": "Engine",
+    "launch": "Launcher",
+}
+THIRD_PARTY = ("optimizer", "lr_schedule")
+TERMS = ("objective", "evaluation", "report")  # mappings: a name you choose -> component
+SECTIONS = {
+    "distill": ("run", "batch", *COMPONENTS, *THIRD_PARTY, "optimize"),
+    "evaluate": ("run", "batch", "teacher", "student", "evaluation", "report", "engine", "launch"),
+}
+
+
+def at_least(minimum: float, default: Any) -> Any:
+    """A dataclass field whose value must not lie below `minimum`."""
+    return field(default=default, metadata={"minimum": minimum})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The section `run` of a distillation."""
+
+    name: str
+    dir: str
+    seed: int = 0
+    steps: int = at_least(1, 100)  # optimizer steps
+    minutes: float | None = at_least(0, None)  # stop cleanly after this long, as if `steps` were reached
+    log_every: int = at_least(1, 1)
+    eval_every: int = at_least(0, 0)  # 0: only before and after
+    save_every: int = at_least(0, 0)  # 0: only when interrupted and at the end
+    keep_checkpoints: int = at_least(1, 2)
+    resume: str = "auto"  # auto, never, or the path of a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The section `batch` of a distillation."""
+
+    size: int = at_least(1, 8)  # sequences of one optimizer step, over all processes
+    micro_size: int = at_least(1, 4)  # sequences of one forward
+    max_length: int = at_least(2, 512)  # tokens of a row
+    packing: bool = False
+    overflow: Literal["split", "truncate"] = "split"  # what happens to longer `text` rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRun:
+    """The section `run` of an evaluation."""
+
+    name: str
+    dir: str
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateBatch:
+    """The section `batch` of an evaluation."""
+
+    micro_size: int = at_least(1, 4)
+    max_length: int = at_least(2, 512)
+
+
+SCHEMAS = {
+    "distill": {"run": Run, "batch": Batch},
+    "evaluate": {"run": EvaluateRun, "batch": EvaluateBatch},
+}
