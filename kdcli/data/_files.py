@@ -31,7 +31,7 @@ def file_facts(path: Path, column: str = "domain") -> FileFacts:
     try:
         status = path.stat()
         identity = (str(path.resolve()), column, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        note = paths.cache() / "files" / f"{xxhash.xxh3_128_hexdigest(repr(identity))}.json"
+        note = paths.cache() / "files" / f"{xxhash.xxh3_128_hexdigest(repr(identity).encode())}.json"
         try:
             known = json.loads(note.read_bytes())
             return FileFacts(known["hash"], tuple(known["domains"]))

@@ -31,4 +31,6 @@ def check_domains(names: Iterable[str], source: str) -> None:
     """Raises ConfigError for a name that could not be part of a metric's path or a file's name."""
     for name in names:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
-            raise ConfigError(f"{source}: {name!r} cannot name a domain; use letters, digits, . _ -, or set data.domain")
+            raise ConfigError(
+                f"{source}: {name!r} cannot name a domain; use letters, digits, . _ -, or set data.domain"
+            )

@@ -60,7 +60,7 @@ class Hub(Data):
 
     def fingerprint(self) -> str:
         settings = (self.domain, list(self.domains()), sorted(self.columns.items()), self.limit, self.max_bad_fraction)
-        return xxhash.xxh3_128_hexdigest(repr((self._content, settings)))
+        return xxhash.xxh3_128_hexdigest(repr((self._content, settings)).encode())
 
     def bad_rows(self) -> dict[str, str]:
         return dict(self._bad.reasons)
@@ -85,7 +85,7 @@ class Hub(Data):
         """A hash of the table's columns and values, whatever files they came from."""
         import pyarrow as pa
 
-        digest = xxhash.xxh3_128(repr(sorted(self._table.column_names)))
+        digest = xxhash.xxh3_128(repr(sorted(self._table.column_names)).encode())
         for table in self._table.with_format("arrow").iter(BLOCK):
             sink = io.BytesIO()
             table = table.select(sorted(table.column_names)).replace_schema_metadata(None).combine_chunks()

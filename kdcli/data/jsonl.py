@@ -51,7 +51,7 @@ class Jsonl(Data):
             for file in files
         ]
         settings = (self.domain, sorted(self.columns.items()), self.limit, self.max_bad_fraction)
-        return xxhash.xxh3_128_hexdigest(repr((content, settings)))
+        return xxhash.xxh3_128_hexdigest(repr((content, settings)).encode())
 
     def bad_rows(self) -> dict[str, str]:
         return dict(self._bad.reasons)

@@ -29,7 +29,9 @@ class Mixture(Data):
         return {name: _Rows(name, source.domains()) for name, source in self.sources.items()}
 
     def fingerprint(self) -> str:
-        return xxhash.xxh3_128_hexdigest(repr([(name, source.fingerprint()) for name, source in self.sources.items()]))
+        return xxhash.xxh3_128_hexdigest(
+            repr([(name, source.fingerprint()) for name, source in self.sources.items()]).encode()
+        )
 
     def bad_rows(self) -> dict[str, str]:
         return {where: reason for source in self.sources.values() for where, reason in source.bad_rows().items()}
