@@ -1,0 +1,192 @@
+"""Models and tokenizers by name: a folder, a hub id, `recipes://…` or a GGUF file. Safetensors only, and complete."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from filelock import FileLock
+
+from kdcli.errors import ConfigError
+from kdcli.store import paths
+
+log = logging.getLogger(__name__)
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+
+
+def load_tokenizer(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a model, with a padding token (its end token where it has none).
+
+    Raises ConfigError if there is no such model or it has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    where, options = _locate(path, "tokenizer", revision, trust_remote_code)
+    with _explained(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_config(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model, without its weights. Raises ConfigError if there is no such model."""
+    from transformers import AutoConfig
+
+    where, options = _locate(path, "bfloat16", revision, trust_remote_code)
+    with _explained(path, "config"):
+        return AutoConfig.from_pretrained(where, **options)
+
+
+def load_model(
+    path: str,
+    *,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+    attention: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A causal language model in `dtype` on `device`, in evaluation mode.
+
+    Raises ConfigError if there is no such model, or if its weights are pickled, damaged, or not exactly those of
+    the architecture: a layer that was not in the file would be random, and nobody would notice.
+    """
+    from transformers import AutoModelForCausalLM
+
+    where, options = _locate(path, dtype, revision, trust_remote_code)
+    _refuse_pickles(path, where)
+    with _explained(path, "model"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # reported below with their names
+            output_loading_info=True,
+            **options,
+        )
+    require_complete(path, report)
+    return model.to(device).eval()
+
+
+def require_complete(path: str, report: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights are missing, left over or of another shape.
+
+    `report` is what transformers' `output_loading_info` gives. Raises ConfigError.
+    """
+    for kind in ("missing", "unexpected", "mismatched"):
+        names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[f"{kind}_keys"])
+        if names:
+            listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise ConfigError(
+                f"{path}: {kind} weights: {listed}; config.json and the safetensors files do not describe the same"
+                " causal language model, so use a complete export (`save_pretrained`) of it"
+            )
+
+
+def _locate(path: str, part: str, revision: str | None, trust: bool) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds `part` (tokenizer, or weights in a dtype) of a model, and how it should look."""
+    local = paths.resolve(path) if "://" in path else Path(path).expanduser()
+    if local.exists():
+        if revision is not None or trust:
+            raise ConfigError(f"{path} is on this disk: revision and trust_remote_code are for hub ids; remove them")
+        if local.is_dir():
+            return str(local), {"trust_remote_code": False}
+        if local.suffix == ".gguf":
+            return str(_converted(local, part)), {"trust_remote_code": False}
+        raise ConfigError(f"{path} is a file; give its folder (with config.json and model.safetensors) or a .gguf file")
+    if "://" in path or not HUB_ID.fullmatch(path):
+        raise ConfigError(
+            f"{path}: no such model; give a folder with config.json and model.safetensors, a hub id (owner/name),"
+            " recipes://… or package://DISTRIBUTION/FILE.gguf"
+        )
+    if trust and not COMMIT.fullmatch(revision or ""):
+        raise ConfigError(
+            f"{path}: trust_remote_code=true runs the repository's code, so pin what you have read:"
+            " revision=<the commit's 40 hexadecimal digits>"
+        )
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust}
+    return path, options | ({"code_revision": revision} if trust else {})
+
+
+def _refuse_pickles(path: str, where: str) -> None:
+    """Say why a folder that holds only pickled weights is not read."""
+    if not Path(where).is_dir() or any(Path(where).glob("*.safetensors")):
+        return
+    pickles = sorted(file.name for file in Path(where).iterdir() if file.suffix in PICKLES)
+    if pickles:
+        raise ConfigError(
+            f"{path}: {pickles[0]} is a pickle, which can run code when it is read; save the model as safetensors"
+            " where you trust it (`AutoModelForCausalLM.from_pretrained(…).save_pretrained(…)`)"
+        )
+
+
+@contextmanager
+def _explained(path: str, what: str) -> Iterator[None]:
+    """Turn what transformers raises for a bad model into one ConfigError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+        raise ConfigError(f"{path}: its {what} cannot be loaded{offline}: {reason[:400]}") from error
+
+
+def _converted(file: Path, part: str) -> Path:
+    """The folder with a GGUF file's tokenizer, or its weights de-quantized to a dtype, as transformers saves them.
+
+    Reading GGUF takes tens of seconds, so it happens once per content of the file and version of transformers.
+    """
+    from transformers import __version__
+
+    with file.open("rb") as stream:
+        content = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
+    folder = paths.cache() / "models" / f"{file.stem}-{content[:16]}-transformers-{__version__}" / part
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            log.warning("%s: converting its %s, once (about 20 s for a small model)", file.name, _named(part))
+            unfinished = folder.with_name(f".tmp-{part}")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that died here; the lock is ours
+            with _explained(file.name, _named(part)):
+                _convert(file, part, unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def _convert(file: Path, part: str, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if part == "tokenizer":
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        return
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which save_pretrained imports, warns
+    model, report = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=getattr(torch, part),
+        quantization_config=GgufConfig(dequantize=True),  # else the weights stay blocks that nothing can train or save
+        output_loading_info=True,
+    )
+    require_complete(file.name, report)
+    model.save_pretrained(folder)
+
+
+def _named(part: str) -> str:
+    return part if part == "tokenizer" else f"weights ({part})"
