@@ -17,10 +17,10 @@ BLOCK = 2**22  # bytes
 
 @dataclass(frozen=True)
 class FileFacts:
-    """`hash` of the bytes; `domains` that rows name, in order of appearance ("" where a row names none)."""
+    """`hash` of the bytes; `domains` that rows name -> number of rows, in order of appearance ("" where none is named)."""
 
     hash: str
-    domains: tuple[str, ...]
+    domains: dict[str, int]
 
 
 def file_facts(path: Path, column: str = "domain") -> FileFacts:
@@ -34,7 +34,7 @@ def file_facts(path: Path, column: str = "domain") -> FileFacts:
         note = paths.cache() / "files" / f"{xxhash.xxh3_128_hexdigest(repr(identity).encode())}.json"
         try:
             known = json.loads(note.read_bytes())
-            return FileFacts(known["hash"], tuple(known["domains"]))
+            return FileFacts(known["hash"], dict(known["domains"]))
         except (OSError, ValueError, KeyError, TypeError):  # absent, or not ours: look again
             facts = FileFacts(_hash(path), _domains(path, column))
             note.parent.mkdir(exist_ok=True, mode=0o700)
@@ -52,15 +52,15 @@ def _hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _domains(path: Path, column: str) -> tuple[str, ...]:
+def _domains(path: Path, column: str) -> dict[str, int]:
     mark = json.dumps(column).encode()
-    names: dict[str, None] = {}
+    rows: dict[str, int] = {}
     for _, line in read_lines(path):
         name = ""
         if mark in line:  # spares the parsing of most files; the row itself says what it names
             try:
                 name = str(parse_line(line).get(column) or "")
             except BadRow:
-                continue
-        names[name] = None
-    return tuple(names)
+                name = ""
+        rows[name] = rows.get(name, 0) + 1
+    return rows

@@ -103,6 +103,10 @@ class _Rows:
     own: str
     data: Hub
 
+    def __length_hint__(self) -> int:
+        rows = len(self.data._table)
+        return min(rows, self.data.limit or rows)
+
     def __iter__(self) -> Iterator[Example]:
         data, bad, left = self.data, self.data._bad, self.data.limit
         source = f"{data.path}[{data.split}]"

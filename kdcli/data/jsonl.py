@@ -42,7 +42,7 @@ class Jsonl(Data):
         self._bad = BadRows(max_bad_fraction)
 
     def domains(self) -> dict[str, Iterable[Example]]:
-        return {name: _Rows(name, tuple(files), self, self._bad) for name, files in self._files().items()}
+        return {name: _Rows(name, files, self, self._bad) for name, files in self._files().items()}
 
     def fingerprint(self) -> str:
         content = [
@@ -60,15 +60,16 @@ class Jsonl(Data):
     def _domain_column(self) -> str:
         return self.columns.get("domain", "domain")
 
-    def _files(self) -> dict[str, list[Path]]:
-        """Domain -> files that have rows of it. Raises ConfigError where a path names nothing or a file is empty."""
-        domains: dict[str, list[Path]] = {}
+    def _files(self) -> dict[str, dict[Path, int]]:
+        """Domain -> file -> its rows of the domain. Raises ConfigError where a path names nothing or a file is empty."""
+        domains: dict[str, dict[Path, int]] = {}
         for file in dict.fromkeys(file for path in self.paths for file in _expand(path)):
-            names = file_facts(file, self._domain_column).domains
-            if not names:
+            counts = file_facts(file, self._domain_column).domains
+            if not counts:
                 raise ConfigError(f"{file}: the file has no rows; take it out of data.path")
-            for name in dict.fromkeys(self.domain or name or name_of(file) for name in names):
-                domains.setdefault(name, []).append(file)
+            for name, count in counts.items():
+                files = domains.setdefault(self.domain or name or name_of(file), {})
+                files[file] = files.get(file, 0) + count
         check_domains(domains, self.paths[0])
         return domains
 
@@ -78,9 +79,13 @@ class _Rows:
     """The rows of one domain, read anew by each iteration."""
 
     name: str
-    files: tuple[Path, ...]
+    files: Mapping[Path, int]
     data: Jsonl
     bad: BadRows
+
+    def __length_hint__(self) -> int:
+        rows = sum(self.files.values())
+        return min(rows, self.data.limit or rows)
 
     def __iter__(self) -> Iterator[Example]:
         left = self.data.limit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from operator import length_hint
 
 import xxhash
 
@@ -43,6 +44,9 @@ class _Rows:
 
     name: str
     parts: Mapping[str, Iterable[Example]]
+
+    def __length_hint__(self) -> int:
+        return sum(length_hint(part) for part in self.parts.values())
 
     def __iter__(self) -> Iterator[Example]:
         return (replace(example, domain=self.name) for part in self.parts.values() for example in part)

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from kdcli.api import Example
 from kdcli.errors import ConfigError, DataError, KDError
 
@@ -165,6 +167,13 @@ def parse_example(
         meta={**{key: value for key, value in row.items() if key not in FIELDS}, **meta},
         where=where,
     )
+
+
+def content_key(example: Example) -> str:
+    """A hash of what the example says, whatever its domain, weight or provenance."""
+    content = {name: getattr(example, name) for name in CONTENT if getattr(example, name) is not None}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return xxhash.xxh3_128_hexdigest(text.encode())
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str, first: bool) -> dict[str, Any]:
