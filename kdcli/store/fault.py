@@ -26,7 +26,7 @@ def fault(point: str, *, rank: int | None = None, step: int | None = None) -> bo
         return False
     here = int(os.environ.get("RANK", "0")) if rank is None else rank
     matching = [f for f in _parse(os.environ["KDCLI_FAULT"]) if f.matches(point, here, step)]
-    return any([f.act() for f in matching])
+    return any(f.act() for f in matching)
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,10 @@ def _parse(text: str) -> list[_Fault]:
     faults = []
     for item in text.split(","):
         point, *middle, action = item.split(":")
-        where = dict(part.partition("=")[::2] for part in middle)
+        where = {key: value for key, _, value in (part.partition("=") for part in middle)}
         known = action.partition("=")[0] in {*SIGNALS, "raise", "sleep", "enospc", "nan"}
         if not point or not known or not set(where) <= {"rank", "step"}:
             raise ConfigError(f"KDCLI_FAULT: cannot read {item!r}; write point[:rank=R][:step=S]:action")
-        faults.append(_Fault(point, action, **{key: int(value) for key, value in where.items()}))
+        numbers = {key: int(value) for key, value in where.items()}
+        faults.append(_Fault(point, action, numbers.get("rank"), numbers.get("step")))
     return faults

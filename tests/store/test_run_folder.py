@@ -49,9 +49,8 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
 
 
 def test_one_run_per_folder(tmp_path):
-    with RunLock(tmp_path):
-        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
-            RunLock(tmp_path).__enter__()
+    with RunLock(tmp_path), pytest.raises(ConfigError, match=f"in use by process {os.getpid()}"):
+        RunLock(tmp_path).__enter__()
     with RunLock(tmp_path):
         pass
 
@@ -63,7 +62,8 @@ def test_the_lock_of_a_killed_process_is_taken_over_with_a_note(tmp_path, caplog
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
     with caplog.at_level(logging.WARNING), RunLock(tmp_path):
-        assert "taking over" in caplog.text and "has ended" in caplog.text
+        assert "taking over" in caplog.text
+        assert "has ended" in caplog.text
     caplog.clear()
     with RunLock(tmp_path):
         assert not caplog.text
@@ -119,14 +119,17 @@ def test_no_secret_reaches_the_log(tmp_path, monkeypatch, capsys):
     except RuntimeError:
         logger.exception("https://user:pass@host/ with hf_abcdefghijklmnopqrst and %s", "very-secret-value")
     written = (tmp_path / "kdcli.log").read_text() + capsys.readouterr().err
-    assert "very-secret-value" not in written and "hf_abc" not in written and "user:pass" not in written
+    assert "very-secret-value" not in written
+    assert "hf_abc" not in written
+    assert "user:pass" not in written
     assert "[rank 0] ERROR kdcli.test: https://***@host/" in written
 
 
 def test_only_rank_0_speaks_but_every_rank_writes(tmp_path, capsys):
     log.setup(tmp_path, rank=1)
     logging.getLogger("kdcli.test").warning("from one")
-    assert "from one" in (tmp_path / "kdcli.log").read_text() and not capsys.readouterr().err
+    assert "from one" in (tmp_path / "kdcli.log").read_text()
+    assert not capsys.readouterr().err
 
 
 @pytest.fixture(autouse=True)
