@@ -28,10 +28,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA_LIKE,
     "llama_tied": _LLAMA_LIKE | {"model_type": "llama", "tie_word_embeddings": True},
     "mistral": _LLAMA_LIKE | {"sliding_window": 5},
-    "qwen2": _LLAMA_LIKE | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "qwen2": {key: value for key, value in _LLAMA_LIKE.items() if key != "head_dim"}
+    | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     "qwen3": _LLAMA_LIKE,
-    "gemma3_text": _LLAMA_LIKE
-    | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]},
+    "gemma3_text": _LLAMA_LIKE | {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention"] * 2},
     "gpt2": {"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "initializer_range": 0.3},
 }
 

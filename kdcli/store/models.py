@@ -69,7 +69,7 @@ def load_model(
     where, options = _locate(path, dtype, revision, trust_remote_code)
     _refuse_pickles(path, where)
     with _explained(path, "model"):
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
@@ -78,6 +78,7 @@ def load_model(
             output_loading_info=True,
             **options,
         )
+    model, report = loaded
     require_complete(path, report)
     return model.to(device).eval()
 
@@ -137,11 +138,12 @@ def _refuse_pickles(path: str, where: str) -> None:
 @contextmanager
 def _explained(path: str, what: str) -> Iterator[None]:
     """Turn what transformers raises for a bad model into one ConfigError that names it."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
         raise ConfigError(f"{path}: its {what} cannot be loaded{offline}: {reason[:400]}") from error
@@ -177,13 +179,14 @@ def _convert(file: Path, part: str, folder: Path) -> None:
         return
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which save_pretrained imports, warns
-    model, report = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         file.parent,
         gguf_file=file.name,
         dtype=getattr(torch, part),
         quantization_config=GgufConfig(dequantize=True),  # else the weights stay blocks that nothing can train or save
         output_loading_info=True,
     )
+    model, report = loaded
     require_complete(file.name, report)
     model.save_pretrained(folder)
 

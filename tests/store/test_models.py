@@ -132,7 +132,8 @@ def test_a_folder_cannot_bring_its_own_code(folder: str) -> None:
     mark = Path(folder) / "ran"
     (Path(folder) / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil: pass\n")
     config = Path(folder) / "config.json"
-    changed = config.read_text().replace('"model_type": "llama"', '"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}')
+    evil = '"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}'
+    changed = config.read_text().replace('"model_type": "llama"', evil)
     assert "auto_map" in changed
     config.write_text(changed)
     with pytest.raises(ConfigError):
@@ -195,7 +196,9 @@ def test_the_user_is_told_that_reading_gguf_happens_once(fake_gguf, caplog: pyte
     path, _ = fake_gguf
     load_tokenizer(path)
     load_tokenizer(path)
-    assert [r.getMessage() for r in caplog.records] == ["toy.gguf: converting its tokenizer, once (about 20 s for a small model)"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "toy.gguf: converting its tokenizer, once (about 20 s for a small model)"
+    ]
 
 
 def test_a_file_that_is_not_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
