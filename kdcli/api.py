@@ -308,7 +308,7 @@ class Data(ABC):
         """A hash of the content: equal content, equal fingerprint, wherever it lies."""
 
     def bad_rows(self) -> dict[str, str]:
-        """Rows dropped while iterating so far: where -> reason. Empty unless `max_bad_fraction` > 0."""
+        """Rows dropped since `domains` was called: where -> reason. Empty unless `max_bad_fraction` > 0."""
         return {}
 
 

@@ -17,7 +17,7 @@ BLOCK = 2**22  # bytes
 
 @dataclass(frozen=True)
 class FileFacts:
-    """`hash` of the bytes; `domains` that rows name -> number of rows, in order of appearance ("" where none is named)."""
+    """`hash` of the bytes; `domains`: what rows name as theirs ("" where nothing) -> rows, in order of appearance."""
 
     hash: str
     domains: dict[str, int]

@@ -51,6 +51,7 @@ class Hub(Data):
         self._bad = BadRows(max_bad_fraction)
 
     def domains(self) -> dict[str, Iterable[Example]]:
+        self._bad.reasons.clear()
         own = self.domain or Path(self.path).name.split(".")[0]
         column = self.columns.get("domain", "domain")
         named = self.domain is None and column in self._table.column_names
@@ -59,7 +60,12 @@ class Hub(Data):
         return {name: _Rows(name, own, self) for name in dict.fromkeys(names)}
 
     def fingerprint(self) -> str:
-        settings = (self.domain, list(self.domains()), sorted(self.columns.items()), self.limit, self.max_bad_fraction)
+        settings = (
+            self.domain or Path(self.path).name,
+            sorted(self.columns.items()),
+            self.limit,
+            self.max_bad_fraction,
+        )
         return xxhash.xxh3_128_hexdigest(repr((self._content, settings)).encode())
 
     def bad_rows(self) -> dict[str, str]:
@@ -68,12 +74,13 @@ class Hub(Data):
     @cached_property
     def _table(self) -> Any:
         import datasets
+        from datasets.exceptions import DatasetsError
 
         place = paths.resolve(self.path)
         path = str(place) if place.exists() else self.path
         try:
             return datasets.load_dataset(path, self.name, split=self.split, revision=self.revision)
-        except (OSError, ValueError, RuntimeError, KeyError, datasets.exceptions.DatasetsError) as error:
+        except (OSError, ValueError, RuntimeError, KeyError, DatasetsError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"{self.path}: the data set cannot be loaded ({type(error).__name__}: {reason}); check data.path, "

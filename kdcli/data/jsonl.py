@@ -42,6 +42,7 @@ class Jsonl(Data):
         self._bad = BadRows(max_bad_fraction)
 
     def domains(self) -> dict[str, Iterable[Example]]:
+        self._bad.reasons.clear()
         return {name: _Rows(name, files, self, self._bad) for name, files in self._files().items()}
 
     def fingerprint(self) -> str:
@@ -61,7 +62,7 @@ class Jsonl(Data):
         return self.columns.get("domain", "domain")
 
     def _files(self) -> dict[str, dict[Path, int]]:
-        """Domain -> file -> its rows of the domain. Raises ConfigError where a path names nothing or a file is empty."""
+        """Domain -> file -> rows of it there. Raises ConfigError where a path names nothing or a file is empty."""
         domains: dict[str, dict[Path, int]] = {}
         for file in dict.fromkeys(file for path in self.paths for file in _expand(path)):
             counts = file_facts(file, self._domain_column).domains

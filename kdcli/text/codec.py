@@ -42,7 +42,7 @@ class Codec:
         return [self._close(draft, ids, mask) for draft, (ids, mask) in zip(drafts, encoded, strict=True)]
 
     def _by_pieces(self, drafts: Sequence[Draft]) -> list[tuple[list[int], list[bool]]]:
-        pieces = [list(_pieces(draft.text, draft.spans)) for draft in drafts]
+        pieces = [_pieces(draft.text, draft.spans) for draft in drafts]
         ids = iter(self._ids([text for row in pieces for text, _ in row]))
         encoded = []
         for row in pieces:
@@ -81,10 +81,7 @@ class Codec:
 def _pieces(text: str, spans: Sequence[Span]) -> list[tuple[str, bool]]:
     """The text cut at the spans: (piece, is it learned), without empty pieces."""
     cuts = sorted({0, len(text), *(edge for span in spans for edge in span)})
-    starts = {start for start, end in spans if start < end}
-    learned, pieces = False, []
-    ends = {end for _, end in spans}
-    for left, right in pairwise(cuts):
-        learned = left in starts or (learned and left not in ends)
-        pieces.append((text[left:right], learned))
-    return pieces
+    return [
+        (text[left:right], any(start <= left and right <= end for start, end in spans))
+        for left, right in pairwise(cuts)
+    ]

@@ -112,4 +112,4 @@ class Template:
         except (TemplateError, TypeError, ValueError) as error:
             reason = str(error) or type(error).__name__
             raise BadRow("template", f"the chat template refuses this conversation ({reason})") from error
-        return texts[0], [(start, end) for start, end in spans[0]] if track else []
+        return texts[0], [(int(start), int(end)) for start, end in spans[0]] if track else []

@@ -1,0 +1,53 @@
+"""What became of the examples of a data set when they were tokenized."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+
+@dataclass(kw_only=True)
+class Counts:
+    """What became of a domain's examples. `rows` are sequences before packing."""
+
+    examples: int = 0
+    rows: int = 0
+    tokens: int = 0
+    supervised: int = 0  # targets
+    truncated: int = 0  # rows that lost tokens at their end
+    dropped: dict[str, int] = field(default_factory=dict)  # reason -> examples
+    named: dict[str, str] = field(default_factory=dict)  # where -> reason, the first few dropped ones
+
+
+@dataclass(kw_only=True)
+class EncodeReport:
+    """Counts per domain, and whether the tokens were on disk already. `str` is one line for the log."""
+
+    domains: dict[str, Counts]
+    cached: bool = False
+
+    @property
+    def total(self) -> Counts:
+        """All domains together."""
+        parts = list(self.domains.values())
+        dropped = sum((Counter(part.dropped) for part in parts), Counter())
+        return Counts(
+            examples=sum(part.examples for part in parts),
+            rows=sum(part.rows for part in parts),
+            tokens=sum(part.tokens for part in parts),
+            supervised=sum(part.supervised for part in parts),
+            truncated=sum(part.truncated for part in parts),
+            dropped=dict(dropped.most_common()),
+            named={where: reason for part in parts for where, reason in part.named.items()},
+        )
+
+    def __str__(self) -> str:
+        total = self.total
+        lost = ", ".join(f"{count:,} {reason}" for reason, count in total.dropped.items())
+        return (
+            f"{total.examples:,} examples of {', '.join(self.domains)}: {total.rows:,} rows, {total.tokens:,} tokens, "
+            f"{total.supervised:,} targets"
+            + (f"; {total.truncated:,} rows truncated" if total.truncated else "")
+            + (f"; dropped: {lost}" if lost else "")
+            + (" (tokens from the cache)" if self.cached else "")
+        )

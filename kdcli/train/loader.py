@@ -1,0 +1,136 @@
+"""What is learned next: rows drawn by domain weight, the same for any number of ranks, resumed exactly."""
+
+from __future__ import annotations
+
+import math
+import struct
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
+
+import xxhash
+
+from kdcli.api import Batch, Stateful
+from kdcli.errors import ConfigError
+from kdcli.store.fault import fault
+from kdcli.store.tokens import Row
+from kdcli.text.collate import collate
+
+ROUNDS = 6  # of the Feistel network; four make a strong pseudo-random permutation (Luby & Rackoff 1988)
+
+
+class Loader(Stateful):
+    """Micro-batches of each optimizer step.
+
+    A step draws `batch_size` domains independently by `weights`, from a hash of (seed, step, place in the batch), and
+    takes the next row of each in that domain's order: a permutation per epoch, from (seed, domain, epoch). The rows
+    are sorted by length, cut into micro-batches and dealt to the ranks in turn. So the micro-batches of a step do not
+    depend on the number of ranks, and all that has to be remembered is how many rows each domain has given.
+
+    Raises ConfigError when the batch cannot be cut evenly, or a weighted domain has no rows.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        *,
+        batch_size: int,
+        micro_size: int,
+        pad_id: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        weights: Mapping[str, float],
+    ) -> None:
+        if batch_size % (micro_size * world_size):
+            raise ConfigError(
+                f"batch.size={batch_size} cannot be dealt to {world_size} processes in micro-batches of {micro_size}; "
+                f"give a multiple of {micro_size * world_size}"
+            )
+        self.rows = dict(rows)
+        self.batch_size, self.micro_size, self.pad_id, self.seed = batch_size, micro_size, pad_id, seed
+        self.rank, self.world_size = rank, world_size
+        self.drawn = dict.fromkeys(self.rows, 0)  # rows given so far
+        self.weights = dict(weights)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The share of each domain in the rows to come; they sum to 1. Setting them acts on the next step."""
+        return dict(self._weights)
+
+    @weights.setter
+    def weights(self, weights: Mapping[str, float]) -> None:
+        if set(weights) != set(self.rows):
+            raise ConfigError(f"domain weights are for {', '.join(weights)}, but domains are {', '.join(self.rows)}")
+        for name, weight in weights.items():
+            if not math.isfinite(weight) or weight < 0:
+                raise ConfigError(f"the weight of domain {name} is {weight}; it must be finite and at least 0")
+            if weight > 0 and not len(self.rows[name]):
+                raise ConfigError(f"domain {name} has weight {weight} and no rows; take it out or set its weight to 0")
+        total = sum(weights.values())
+        if total <= 0:
+            raise ConfigError("all domain weights are 0, so there is nothing to draw")
+        self._weights = {name: weights[name] / total for name in self.rows}
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often each domain has been gone through."""
+        return {name: self.drawn[name] / max(1, len(self.rows[name])) for name in self.rows}
+
+    def next(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of optimizer step `step`. Steps are asked for in order, each once, by all ranks."""
+        fault("data.next", rank=self.rank, step=step)
+        rows = sorted((self._row(name) for name in self._domains(step)), key=len, reverse=True)
+        micro = [rows[i : i + self.micro_size] for i in range(0, self.batch_size, self.micro_size)]
+        return [collate(part, pad_id=self.pad_id) for part in micro[self.rank :: self.world_size]]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "drawn": dict(self.drawn),
+            "weights": self.weights,
+            "rows": {name: len(rows) for name, rows in self.rows.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises ConfigError when the data are not those that the state was saved with."""
+        sizes = {name: len(rows) for name, rows in self.rows.items()}
+        if state["rows"] != sizes:
+            raise ConfigError(f"the data have changed since the checkpoint: rows {state['rows']} then, {sizes} now")
+        self.drawn = {name: int(count) for name, count in state["drawn"].items()}
+        self.weights = state["weights"]
+
+    def _domains(self, step: int) -> list[str]:
+        """The domain of each place in the batch."""
+        names = [name for name, weight in self._weights.items() if weight > 0]
+        edges = list(accumulate(self._weights[name] for name in names))
+        points = (_hash(self.seed, step, place) / 2**64 * edges[-1] for place in range(self.batch_size))
+        return [names[min(bisect_right(edges, point), len(names) - 1)] for point in points]
+
+    def _row(self, name: str) -> Row:
+        """The next row of a domain."""
+        epoch, place = divmod(self.drawn[name], len(self.rows[name]))
+        self.drawn[name] += 1
+        key = _hash(self.seed, xxhash.xxh3_64_intdigest(name.encode()), epoch)
+        return self.rows[name][permuted(place, len(self.rows[name]), key)]
+
+
+def permuted(index: int, size: int, key: int) -> int:
+    """Where a pseudo-random permutation of range(size) puts `index`: a Feistel network, walked until it lands inside.
+
+    Needs no memory, and is the same on every machine and with every version of every library.
+    """
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & low
+        for turn in range(ROUNDS):
+            left, right = right, left ^ (_hash(key, turn, right) & low)
+        index = left << half | right
+        if index < size:
+            return index
+
+
+def _hash(*numbers: int) -> int:
+    """64 pseudo-random bits from up to 64 bits each."""
+    return xxhash.xxh3_64_intdigest(struct.pack(f"<{len(numbers)}Q", *(number % 2**64 for number in numbers)))
