@@ -27,7 +27,7 @@ def head_loss(hidden: Tensor, head: Head, loss: ChunkLoss, chunk: int, parameter
     return _HeadLoss.apply(hidden, head.weight, head.bias, head, loss, chunk, *parameters)  # pyright: ignore
 
 
-def chunk_size(vocab_size: int, device: torch.device, buffers: int = 4) -> int:
+def chunk_size(vocab_size: int, device: torch.device, buffers: int = 6) -> int:
     """Targets per chunk so that `buffers` float32 tensors [C, V] take about 128 MiB on a CPU, 1 GiB on a GPU."""
     budget = 2**30 if device.type == "cuda" else 2**27
     size = budget // (4 * buffers * vocab_size)
