@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from kdcli.api import OptimizerFactory, ScheduleFactory
+from kdcli.config.environment import expand
 from kdcli.config.signature import component_in, settings
 from kdcli.config.target import group_of, locate
 from kdcli.errors import ConfigError
 
 T = TypeVar("T")
-VARIABLE = re.compile(r"\$\{oc\.env:([A-Za-z_]\w*)\}")
 
 
 def build(node: Mapping[str, Any], interface: type[T], **extra: Any) -> T:
@@ -46,15 +44,6 @@ def schedule_factory(node: Mapping[str, Any]) -> ScheduleFactory:
     return partial(locate(node["_target_"], "lr_schedule"), **_arguments(node))
 
 
-def expand(value: Any) -> Any:
-    """`value` with `${oc.env:NAME}` replaced in every string. Raises ConfigError for a variable that is not set."""
-    if isinstance(value, str):
-        return VARIABLE.sub(_variable, value)
-    if isinstance(value, Mapping):
-        return {key: expand(item) for key, item in value.items()}
-    return [expand(item) for item in value] if isinstance(value, Sequence) else value
-
-
 def _instance(node: Mapping[str, Any], group: str, extra: Mapping[str, Any]) -> Any:
     cls = locate(node["_target_"], group)
     known = settings(cls)
@@ -74,16 +63,13 @@ def _nested(value: Any, group: str) -> Any:
         if "_target_" in value:
             return _instance(value, group, {})
         return {name: _nested(item, group) for name, item in value.items()}
-    return [_nested(item, group) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
+    return (
+        [_nested(item, group) for item in value]
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else value
+    )
 
 
 def _arguments(node: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: expand(value) for name, value in node.items() if name != "_target_"}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-
-
-def _variable(match: re.Match[str]) -> str:
-    name = match.group(1)
-    if name not in os.environ:
-        raise ConfigError(f"${{oc.env:{name}}}: the environment variable {name} is not set; export {name}=…")
-    return os.environ[name]

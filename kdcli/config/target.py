@@ -32,7 +32,9 @@ def problem_of(target: Any, group: str) -> str | None:
         wanted = "a torch.optim.lr_scheduler class or a transformers.get_…_schedule… function"
     else:
         ok = re.fullmatch(rf"kdcli\.{group}\.[a-z]\w*\.[A-Z]\w*", target) or _from_plugin(target, group)
-        wanted = f"a class of kdcli.{group}, an entry point of the group kdcli.{group}, or one of a package in KDCLI_PLUGINS"
+        wanted = (
+            f"a class of kdcli.{group}, an entry point of the group kdcli.{group}, or one of a package in KDCLI_PLUGINS"
+        )
     return None if ok else f"_target_ {target} is not allowed here; it must be {wanted}"
 
 

@@ -1,0 +1,225 @@
+"""Hydra, driven: where configs come from, one composed config, and its errors in plain words."""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kdcli.command import catalog, guard
+from kdcli.config.nearest import suggest
+from kdcli.errors import ConfigError
+from kdcli.store import paths
+
+version.setbase("1.3")
+
+
+class RecipeSource(FileConfigSource):
+    """A folder of recipes as the config group `recipe`; what a recipe says, it says of the whole config."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "recipes"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        result = super().load_config(_inside(config_path))
+        result.header["package"] = result.header.get("package") or "_global_"
+        return result
+
+    def is_group(self, config_path: str) -> bool:
+        return config_path == "" or (_is_recipe(config_path) and self._has_recipes(_inside(config_path)))
+
+    def is_config(self, config_path: str) -> bool:
+        return _is_recipe(config_path) and super().is_config(_inside(config_path))
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        if config_path == "":
+            return ["recipe"] if results_filter in (None, ObjectType.GROUP) else []
+        folder = Path(self.path, _inside(config_path))
+        files = [f.stem for f in folder.glob("*.yaml")] if results_filter in (None, ObjectType.CONFIG) else []
+        groups = [f.name for f in folder.iterdir() if f.is_dir()] if results_filter in (None, ObjectType.GROUP) else []
+        return sorted({*files, *(g for g in groups if self._has_recipes(f"{_inside(config_path)}/{g}".lstrip("/")))})
+
+    def _has_recipes(self, folder: str) -> bool:
+        return next(Path(self.path, folder).rglob("*.yaml"), None) is not None
+
+
+def _is_recipe(config_path: str) -> bool:
+    return config_path == "recipe" or config_path.startswith("recipe/")
+
+
+def _inside(config_path: str) -> str:
+    return config_path.removeprefix("recipe").lstrip("/")
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader, which refuses a composed config that would run code before anything acts on it."""
+
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        config = super().load_configuration(*args, **kwargs)
+        guard.refuse_code(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+        return config
+
+
+@contextmanager
+def hydra(arguments: Namespace | None = None) -> Iterator[Hydra]:
+    """Hydra with kdcli's search path: the user's ./configs and ./recipes, ours, then --config-dir."""
+    SourcesRegistry.instance().register(RecipeSource)
+    GlobalHydra.instance().clear()
+    app = Hydra(task_name="kdcli", config_loader=Loader(_search_path(arguments)))
+    GlobalHydra.instance().initialize(app)
+    try:
+        yield app
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def compose(app: Hydra, verb: str, overrides: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:
+    """The composed config with its `hydra` node. Raises ConfigError for what Hydra refuses."""
+    try:
+        config = app.config_loader.load_configuration(verb, list(overrides), run_mode=mode)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error, app, verb, overrides) from error
+    HydraConfig.instance().set_config(config)
+    return config
+
+
+def plain(config: DictConfig, verb: str) -> dict[str, Any]:
+    """The config as plain resolved values, with its verb, without Hydra's node; `${oc.env:NAME}` stays a reference.
+
+    Raises ConfigError for an interpolation that leads nowhere.
+    """
+    try:
+        own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        values: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_interpolation(error)) from error
+    return {"verb": verb, **values}
+
+
+def explain(error: BaseException, app: Hydra, verb: str, overrides: Sequence[str]) -> ConfigError:
+    """What Hydra or OmegaConf refused, as a sentence with the nearest valid word."""
+    if isinstance(error, MissingConfigException):
+        return ConfigError(_missing(error))
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"{error.override}: is not KEY=VALUE as Hydra writes it; quote special characters: KEY='VALUE'"
+        )
+    text = str(error) or str(error.__cause__ or "")
+    if found := re.match(r"Could not override '([^']+)'", text):
+        return ConfigError(_unknown_key(found[1], app, verb, overrides))
+    if found := re.match(r"Ambiguous value for argument '([^']+)'", text):
+        return ConfigError(f"{found[1]}: is several values; add -m to run one job for each, or write [a,b] for a list")
+    if found := re.match(r"Override (\S+) looks like a config group override, but config group '(.+)' does", text):
+        return ConfigError(f"{found[1]}: there is no group {found[2]}; {suggest(found[2], catalog.GROUPS, limit=20)}")
+    if "requires --multirun" in text:
+        return ConfigError(f"{text.rstrip('.')}; add -m")
+    if isinstance(error.__cause__, OmegaConfBaseException):
+        text = f"{text} {error.__cause__}" if str(error.__cause__) not in text else text
+    return ConfigError(" ".join(line.strip() for line in text.splitlines() if "object_type" not in line))
+
+
+def _job_folder(override_dirname: str) -> str:
+    """A job's folder in its sweep: the same overrides, the same folder. Never the overrides themselves."""
+    return f"job-{xxhash.xxh3_64_hexdigest(override_dirname)[:8]}"
+
+
+def _reference(name: str, *default: str) -> str:
+    """Environment variables are read where the value is used, and are never written to disk."""
+    return "${oc.env:" + ",".join([name, *map(str, default)]) + "}"
+
+
+def _search_path(arguments: Namespace | None) -> ConfigSearchPathImpl:
+    path = ConfigSearchPathImpl()
+    path.append("hydra", "pkg://hydra.conf")
+    own_configs, own_recipes = Path("configs").resolve(), Path("recipes").resolve()
+    if own_configs.is_dir() and own_configs != paths.configs().resolve():
+        path.append("user", f"file://{own_configs}")
+    path.append("main", f"file://{paths.configs()}")
+    for folder in getattr(arguments, "recipe_folders", []):
+        path.append("recipe file", f"recipes://{folder}")
+    if own_recipes.is_dir() and own_recipes != paths.recipes().resolve():
+        path.append("user recipes", f"recipes://{own_recipes}")
+    path.append("recipes", f"recipes://{paths.recipes()}")
+    if extra := getattr(arguments, "config_dir", None):
+        if not Path(extra).is_dir():
+            raise ConfigError(f"--config-dir {extra}: there is no such folder")
+        path.append("command-line", f"file://{Path(extra).resolve()}")
+    for plugin in Plugins.instance().discover(SearchPathPlugin):
+        plugin().manipulate_search_path(path)
+    path.append("schema", "structured://")
+    return path
+
+
+def _missing(error: MissingConfigException) -> str:
+    name = error.missing_cfg_file or ""
+    group, _, option = name.rpartition("/")
+    if group == "recipe" or name.startswith("recipe/"):
+        return f"+recipe={name.removeprefix('recipe/')}: there is no such recipe; {suggest(option, catalog.recipes())}"
+    return f"{group}={option}: the group {group} has no such option; {suggest(option, error.options or [])}"
+
+
+def _unknown_key(key: str, app: Hydra, verb: str, overrides: Sequence[str]) -> str:
+    if "@" in key or "/" in key:
+        group, _, place = key.partition("@")
+        name = place.rpartition(".")[2] or "NAME"
+        if group in catalog.GROUPS:
+            return f"{key}: the config has no term {name} yet; write +{key}=… to add it, see `kdcli ls {group}`"
+        return f"{key}: there is no group {group}; {suggest(group, catalog.GROUPS)}"
+    chosen = [
+        one for one in overrides if "@" in one.partition("=")[0] or one.lstrip("+~").partition("=")[0] in _choices()
+    ]
+    try:
+        config = app.config_loader.load_configuration(verb, chosen, run_mode=RunMode.MULTIRUN)
+    except (HydraException, OmegaConfBaseException, ConfigError):
+        return f"{key}: there is no such key; `kdcli {verb} --cfg job` shows those that there are"
+    keys = _keys(OmegaConf.to_container(config, resolve=False))
+    parent, _, _ = key.rpartition(".")
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    hint = suggest(key, siblings or keys)
+    if not hint.startswith("did"):
+        known = f"{hint}; " if siblings else ""
+        hint = f"{known}`kdcli {verb} --cfg job` shows all, and +{key}=… adds a new one"
+    return f"{key}: there is no such key; {hint}"
+
+
+def _choices() -> tuple[str, ...]:
+    return ("recipe", *catalog.GROUPS)
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, Mapping):
+        return []
+    own = [f"{prefix}{key}" for key in node if not str(key).startswith("_") and (prefix or key != "hydra")]
+    return own + [k for key, value in node.items() if prefix or key != "hydra" for k in _keys(value, f"{prefix}{key}.")]
+
+
+def _interpolation(error: OmegaConfBaseException) -> str:
+    text = next(iter(str(error.msg or error).splitlines()), "")
+    return f"{error.full_key or 'config'}: {text}; write ${{path.of.a.key}} with a key that exists"
+
+
+# At import, because the processes of a parallel sweep import this module and nothing else of kdcli.command.
+OmegaConf.register_new_resolver("oc.env", _reference, replace=True)
+OmegaConf.register_new_resolver("kdcli.job", _job_folder, replace=True)

@@ -1,0 +1,213 @@
+"""What one section of a config asks of another: signals, batch arithmetic, devices, paths, tokenizers, domains."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcli.config.build import build
+from kdcli.config.environment import expand
+from kdcli.config.nearest import suggest
+from kdcli.config.schema import COMPONENTS, TERMS
+from kdcli.errors import ConfigError
+from kdcli.store import paths
+
+
+def problems_in(config: Mapping[str, Any]) -> list[str]:
+    """One sentence per contradiction. Every section must be sound by itself (`check` sees to that)."""
+    found = [*_batch(config), *_devices(config), *_model_paths(config), *_resume(config), *_terms(config)]
+    objects, refused = _built(config)
+    found += refused
+    if refused:
+        return found
+    found += _needs(config, objects) + _student(config) + _domains(objects)
+    return found or _tokenizers(config, objects)
+
+
+def _batch(config: Mapping[str, Any]) -> list[str]:
+    batch = config["batch"]
+    if "size" not in batch:
+        return []
+    size, micro, processes = batch["size"], batch["micro_size"], _processes(config)
+    unit = micro * processes
+    if size % unit == 0:
+        return []
+    up = (size // unit + 1) * unit
+    fitting = max(m for m in range(1, micro + 1) if size % (m * processes) == 0) if size % processes == 0 else None
+    other = f", or batch.micro_size={fitting}" if fitting else ""
+    return [
+        f"batch.size: {size} is not divisible by batch.micro_size x processes = {micro} x {processes} = {unit}; "
+        f"set batch.size={up}{other}"
+    ]
+
+
+def _devices(config: Mapping[str, Any]) -> list[str]:
+    import torch
+
+    processes = config["launch"].get("processes", 1)
+    if not torch.cuda.is_available() or processes <= torch.cuda.device_count():
+        return []
+    return [
+        f"launch.processes: {processes} processes, but this machine has {torch.cuda.device_count()} GPU(s), and each "
+        f"process needs its own; set launch.processes={torch.cuda.device_count()}"
+    ]
+
+
+def _processes(config: Mapping[str, Any]) -> int:
+    return config["launch"].get("processes", 1) * (config["launch"].get("nodes") or 1)
+
+
+def _model_paths(config: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for section in ("teacher", "student"):
+        for key in ("path", "tokenizer"):
+            value = (config.get(section) or {}).get(key)
+            if isinstance(value, str):
+                problems += _path_problem(value, f"{section}.{key}")
+    return problems
+
+
+def _path_problem(value: str, where: str) -> list[str]:
+    """A path that names nothing; `owner/name` may be a hub id, which only the hub can refuse."""
+    try:
+        path = paths.resolve(expand(value))
+    except ConfigError as error:
+        return [f"{where}: {error}"]
+    if path.exists() or re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", value):
+        return []
+    return [f"{where}: there is no file or folder {path} (seen from {Path.cwd()})"]
+
+
+def _resume(config: Mapping[str, Any]) -> list[str]:
+    resume = config["run"].get("resume", "auto")
+    if resume in ("auto", "never"):
+        return []
+    path = Path(resume).expanduser()
+    if not path.is_dir():
+        close = suggest(resume, ["auto", "never"])
+        hint = close if close.startswith("did") else "give auto, never, or the folder of a checkpoint or run"
+        return [f"run.resume: there is no folder {path}; {hint}"]
+    if not (path / "COMMIT.json").is_file() and not (path / "checkpoints").is_dir():
+        return [
+            f"run.resume: {path} is neither a checkpoint (it has no COMMIT.json) nor a run folder with checkpoints; "
+            "give RUN_DIR/checkpoints/step-N"
+        ]
+    return []
+
+
+def _terms(config: Mapping[str, Any]) -> list[str]:
+    if config["verb"] == "evaluate":
+        missing = not config.get("evaluation")
+        return (
+            ["evaluation: there is nothing to evaluate; add +evaluation@evaluation.heldout=heldout"] if missing else []
+        )
+    if any(term is not None for term in (config.get("objective") or {}).values()):
+        return []
+    return ["objective: there is nothing to learn from; add objective@objective.kd=forward_kl"]
+
+
+def _built(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Every component that is cheap to construct, by its place in the config; and what the constructors refuse."""
+    import kdcli.api as api
+
+    objects: dict[str, Any] = {}
+    problems: list[str] = []
+    for section, interface in COMPONENTS.items():
+        node = config.get(section)
+        nodes = (
+            {f"{section}.{name}": term for name, term in (node or {}).items()} if section in TERMS else {section: node}
+        )
+        for where, one in nodes.items():
+            if one is not None:
+                objects[where] = _caught(lambda one=one, i=interface: build(one, getattr(api, i)), where, problems)
+    return objects, problems
+
+
+def _caught(action: Callable[[], Any], where: str, problems: list[str]) -> Any:
+    """What `action` returns; a ConfigError becomes problems that begin with the place."""
+    try:
+        return action()
+    except ConfigError as error:
+        head = where.split(".")[0]
+        problems += [
+            p if p.startswith((f"{head}.", f"{head}:", f"{head}=")) else f"{where}: {p}" for p in error.problems
+        ]
+        return None
+
+
+def _needs(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
+    teacher = objects["teacher"]
+    problems = []
+    for where, objective in objects.items():
+        lacking = objective.needs & ~teacher.provides if where.startswith("objective.") else None
+        if lacking:
+            words = " and ".join(str(flag.name).lower() for flag in lacking)
+            problems.append(
+                f"{where}: {type(objective).__name__} needs the teacher's {words}, which "
+                f"{type(teacher).__name__} does not provide; set teacher=hf, or drop it with ~objective@{where}"
+            )
+    return problems
+
+
+def _student(config: Mapping[str, Any]) -> list[str]:
+    init = (config.get("student_init") or {}).get("_target_", "")
+    if config["verb"] == "evaluate" and config["student"].get("path") is None:
+        return ["student.path: which model or run should be evaluated? add student.path=…"]
+    if init.endswith(".Pretrained") and config["student"].get("path") is None:
+        return [
+            "student.path: student_init=pretrained starts from a model; add student.path=…, or choose "
+            "student_init=keep_layers (cut from the teacher) or student_init=from_config (random weights)"
+        ]
+    return []
+
+
+def _domains(objects: Mapping[str, Any]) -> list[str]:
+    """The data can be found, and the domains that others name are among them."""
+    problems: list[str] = []
+    for where, item in objects.items():
+        for name, value in vars(item).items():
+            if where.startswith("evaluation.") and hasattr(value, "domains") and hasattr(value, "fingerprint"):
+                _caught(value.domains, f"{where}.{name}", problems)
+    data = objects.get("data")
+    known = _caught(data.domains, "data", problems) if data else None
+    if known is None:
+        return problems
+    for where, item in objects.items():
+        if where.startswith("objective."):
+            problems += [
+                f"{where}.domains: the data have no domain {name}; {suggest(name, known)}"
+                for name in item.domains
+                if name not in known
+            ]
+    _caught(lambda: objects["domain_scheduler"].initial(dict.fromkeys(known, 1)), "domain_scheduler", problems)
+    return problems
+
+
+def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
+    """Teacher and student must give every token the same id; padded rows of an embedding are not tokens."""
+    teacher, student = config.get("teacher") or {}, config["student"]
+    named = student.get("tokenizer") or student.get("path")
+    if named is None or named == teacher.get("path") or "path" not in teacher:
+        return []  # one tokenizer serves both
+    problems: list[str] = []
+    a = _caught(objects["teacher"].load_tokenizer, "teacher", problems)
+    b = _caught(objects["student"].load_tokenizer, "student", problems)
+    if a is None or b is None:
+        return problems
+    return problems + tokenizer_problems(a.get_vocab(), b.get_vocab())
+
+
+def tokenizer_problems(teacher: Mapping[str, int], student: Mapping[str, int]) -> list[str]:
+    """Whether two maps from token to id agree, or one only goes on where the other ends."""
+    small, large = sorted((teacher, student), key=len)
+    other = sum(large.get(token) != index for token, index in small.items())
+    overlap = set(large.values()) - set(small.values())
+    if other == 0 and (not overlap or min(overlap) > max(small.values())):
+        return []
+    return [
+        f"student: its tokenizer is not the teacher's: {other:,} of {len(small):,} tokens have another id (the teacher "
+        f"has {len(teacher):,} tokens, the student {len(student):,}); choose a student with the teacher's tokenizer "
+        "(or student_init=keep_layers), because different vocabularies need a cross-tokenizer objective"
+    ]

@@ -1,0 +1,54 @@
+"""What may change between a run and its continuation: some keys freely, some with a warning, some not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+FREE = ("run.", "report.", "evaluation.", "launch.", "optimize", "engine.collective_timeout")
+WARN = ("optimizer.", "lr_schedule.", "engine.", "batch.micro_size")
+REFUSE_FIRST = ("run.seed",)
+
+
+class Changes(NamedTuple):
+    """Lines such as `lr_schedule.num_warmup_steps: 0 -> 10`, by what they mean for a run that goes on."""
+
+    free: list[str]
+    warnings: list[str]
+    refusals: list[str]
+
+
+def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
+    """Sort the keys whose values differ. Free: logging, evaluation, processes, more steps. Warned about: what changes
+    the course but not the meaning (learning rate, schedule, engine). Refused: models, data, objective, batch, seed."""
+    changes = Changes([], [], [])
+    before, after = _flat(old), _flat(new)
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key, MISSING) != after.get(key, MISSING):
+            _list_of(key, changes).append(f"{key}: {_show(before, key)} -> {_show(after, key)}")
+    return changes
+
+
+MISSING = object()
+
+
+def _list_of(key: str, changes: Changes) -> list[str]:
+    if key.startswith(REFUSE_FIRST):
+        return changes.refusals
+    if key.startswith(FREE):
+        return changes.free
+    return changes.warnings if key.startswith(WARN) else changes.refusals
+
+
+def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif not isinstance(value, Mapping):
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _show(flat: Mapping[str, Any], key: str) -> str:
+    return repr(flat[key]) if key in flat else "absent"
