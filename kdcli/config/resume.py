@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-FREE = ("run.", "report.", "evaluation.", "launch.", "optimize", "engine.collective_timeout")
-WARN = ("optimizer.", "lr_schedule.", "engine.", "batch.micro_size")
-REFUSE_FIRST = ("run.seed",)
+REFUSED_IN_FREE = ("run.seed",)
+FREE = ("run", "report", "evaluation", "launch", "optimize", "engine.collective_timeout")
+WARN = ("optimizer", "lr_schedule", "engine", "batch.micro_size")
 
 
 class Changes(NamedTuple):
@@ -33,11 +33,15 @@ MISSING = object()
 
 
 def _list_of(key: str, changes: Changes) -> list[str]:
-    if key.startswith(REFUSE_FIRST):
+    if _under(key, REFUSED_IN_FREE):
         return changes.refusals
-    if key.startswith(FREE):
+    if _under(key, FREE):
         return changes.free
-    return changes.warnings if key.startswith(WARN) else changes.refusals
+    return changes.warnings if _under(key, WARN) else changes.refusals
+
+
+def _under(key: str, places: tuple[str, ...]) -> bool:
+    return any(key == place or key.startswith(f"{place}.") for place in places)
 
 
 def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

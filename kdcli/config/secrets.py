@@ -8,7 +8,8 @@ from typing import Any
 
 VALUE = re.compile(
     r"(?<![A-Za-z0-9])(sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}"
-    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abpr]-[\w-]{10,}|://[^/\s:@]+:[^/\s@]+@)"
+    r"|github_pat_\w{20,}|glpat-[\w-]{16,}|xox[abpr]-[\w-]{10,})"
+    r"|://[^/\s:@]+:[^/\s@]+@"
 )
 NAME = re.compile(r"(^|_)(api_?key|access_?key|key|token|secret|password|passwd|credentials?)$", re.IGNORECASE)
 TOKEN_OF_A_VOCABULARY = re.compile(r"(bos|eos|pad|unk|sep|cls|mask|stop|image|special)_token$", re.IGNORECASE)

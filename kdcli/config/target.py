@@ -75,7 +75,7 @@ def locate(target: str, group: str) -> Any:
         raise ConfigError(f"_target_ {target}: {module_name} has no {name}; {suggest(name, _classes(module))}")
     interface = _interface(group)
     if interface and not (isclass(found) and issubclass(found, interface) and not isabstract(found)):
-        raise ConfigError(f"_target_ {target} is not a {interface.__name__}")
+        raise ConfigError(f"_target_ {target} is no {interface.__name__}")
     return found
 
 

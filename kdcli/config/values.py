@@ -72,7 +72,7 @@ def _fits(value: Any, annotation: Any) -> bool:
         return isinstance(value, Mapping) and not _inner_problems(value, annotation, "")
     if _is(annotation, Sequence):
         return _is_list(value) and not _inner_problems(value, annotation, "")
-    return isinstance(value, annotation) if isinstance(annotation, type) else True
+    return annotation is Any or not isinstance(annotation, type) or isinstance(value, annotation)
 
 
 def _inner_problems(value: Any, annotation: Any, where: Where) -> list[str]:

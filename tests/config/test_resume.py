@@ -1,0 +1,71 @@
+"""What may change between a run and its continuation."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from kdcli.config.resume import compare
+
+OLD: dict[str, Any] = {
+    "verb": "distill",
+    "run": {"name": "a", "seed": 0, "steps": 10, "log_every": 1},
+    "batch": {"size": 8, "micro_size": 4},
+    "teacher": {"_target_": "T", "path": "t"},
+    "objective": {"kd": {"_target_": "K", "weight": 1.0, "domains": []}},
+    "optimizer": {"lr": 0.1},
+    "engine": {"stage": 0},
+    "launch": {"processes": 1},
+    "evaluation": {},
+    "optimize": None,
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    new = copy.deepcopy(OLD)
+    node: Any = new
+    *parents, last = path.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    return new
+
+
+def test_equal_configs_have_no_changes() -> None:
+    assert compare(OLD, copy.deepcopy(OLD)) == ([], [], [])
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "kind"),
+    [
+        ("run.steps", 20, "free"),
+        ("run.dir", "elsewhere", "free"),
+        ("run.log_every", 5, "free"),
+        ("launch.processes", 2, "free"),
+        ("evaluation.heldout", {"_target_": "H"}, "free"),
+        ("optimize", "loss/total", "free"),
+        ("optimizer.lr", 0.2, "warnings"),
+        ("lr_schedule.num_warmup_steps", 3, "warnings"),
+        ("engine.stage", 2, "warnings"),
+        ("batch.micro_size", 2, "warnings"),
+        ("batch.size", 16, "refusals"),
+        ("run.seed", 1, "refusals"),
+        ("teacher.path", "other", "refusals"),
+        ("objective.kd.weight", 0.5, "refusals"),
+        ("objective.ce", {"_target_": "C"}, "refusals"),
+        ("data.path", "x", "refusals"),
+        ("verb", "evaluate", "refusals"),
+    ],
+)
+def test_each_key_is_free_warned_about_or_refused(path: str, value: Any, kind: str) -> None:
+    for old, new in ((OLD, changed(path, value)), (changed(path, value), OLD)):
+        changes = compare(old, new)
+        assert [name for name in changes._fields if getattr(changes, name)] == [kind]
+        assert all(line.startswith(path) for line in getattr(changes, kind))
+
+
+def test_a_change_shows_both_values() -> None:
+    assert compare(OLD, changed("batch.size", 16)).refusals == ["batch.size: 8 -> 16"]
+    assert compare(OLD, changed("data.path", "x")).refusals == ["data.path: absent -> 'x'"]
