@@ -51,7 +51,7 @@ class Jsonl(Data):
             for name, files in self._files().items()
             for file in files
         ]
-        settings = (self.domain, sorted(self.columns.items()), self.limit, self.max_bad_fraction)
+        settings = (self.domain, sorted(self.columns.items()), self.limit)
         return xxhash.xxh3_128_hexdigest(repr((content, settings)).encode())
 
     def bad_rows(self) -> dict[str, str]:

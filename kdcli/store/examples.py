@@ -121,7 +121,7 @@ def parse_line(line: bytes) -> dict[str, Any]:
     if not line.strip():
         raise BadRow("empty line", "the line is empty; delete it")
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        row = json.loads(line.rstrip().decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise BadRow("not UTF-8", f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except RecursionError:
@@ -227,7 +227,7 @@ def _check_text(value: Any, name: str, may_be_blank: bool = False) -> None:
     if not isinstance(value, str):
         raise BadRow("wrong type", f"{name} must be text, not {_kind(value)}")
     if not value.strip() and not may_be_blank:
-        raise BadRow(f"empty {name}", f"{name} is empty; delete the row or fill it in")
+        raise BadRow(f"empty {name.split('.')[-1]}", f"{name} is empty; delete the row or fill it in")
     if "\x00" in value:
         raise BadRow("NUL character", f"{name} has a NUL character at {value.index(chr(0)) + 1}; remove it")
     try:

@@ -38,6 +38,8 @@ class Codec:
 
     def encode(self, drafts: Sequence[Draft]) -> list[Tokens]:
         """The tokens of each draft, all in one call of the tokenizer, which is parallel inside."""
+        if not drafts:
+            return []
         encoded = self._by_pieces(drafts) if self.joins else self._by_offsets(drafts)
         return [self._close(draft, ids, mask) for draft, (ids, mask) in zip(drafts, encoded, strict=True)]
 

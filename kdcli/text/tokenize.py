@@ -88,8 +88,8 @@ def cache_key(data: Data, tokenizer: Any, settings: Settings) -> str:
     """A hash of everything that the tokens depend on."""
     import transformers
 
-    content = [FORMAT, transformers.__version__, data.fingerprint(), tokenizer_fingerprint(tokenizer), asdict(settings)]
-    return _hash(content)
+    source = [data.fingerprint(), data.max_bad_fraction]
+    return _hash([FORMAT, transformers.__version__, source, tokenizer_fingerprint(tokenizer), asdict(settings)])
 
 
 def _build(folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int) -> EncodeReport:
@@ -139,7 +139,7 @@ def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: 
             if outcome.problem:
                 refused.append(f"{outcome.where}: {outcome.problem}")
                 if not max_bad_fraction:
-                    raise ConfigError(refused[0])
+                    raise ConfigError(refused[0], "Mend the row, or drop such rows with data.max_bad_fraction=0.01")
     if len(refused) > max_bad_fraction * counts.examples:
         share = f"{len(refused)} of {counts.examples} examples cannot be used"
         raise DataError(f"domain {domain}: {share}, more than data.max_bad_fraction allows; the first: {refused[0]}")
