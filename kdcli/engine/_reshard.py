@@ -37,15 +37,11 @@ def to_whole(shards: Path, whole: Path) -> None:
 
 
 def from_whole(engine: Any, stage: int, whole: Path) -> None:
-    """Fill a fresh DeepSpeed engine: parameters, moments, schedule, step counts. A collective."""
+    """Fill a fresh DeepSpeed engine with parameters, moments and their step. A collective."""
     state = model_state(whole)
     step = torch.tensor(float(state["global_steps"] - state["skipped_steps"]))
     names: dict[Any, str] = engine.param_names
     {0: _fill_replicated, 1: _fill_flat, 2: _fill_flat, 3: _fill_partitioned}[stage](engine, names, whole, step)
-    engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    engine.global_steps, engine.skipped_steps = state["global_steps"], state["skipped_steps"]
-    for group, lr in zip(engine.basic_optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = lr
 
 
 def model_state(folder: Path) -> dict[str, Any]:

@@ -9,19 +9,20 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import HashStore
 
 from kdcli.api import Engine, OptimizerFactory, ScheduleFactory
-from kdcli.engine import _reshard
+from kdcli.engine import _reshard, _schedule
 from kdcli.errors import ConfigError, NumericsError
 from kdcli.store import atomic
+from kdcli.store.fault import fault
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +85,15 @@ class Zero(Engine):
         import deepspeed
         import deepspeed.ops
 
+        operators: Any = deepspeed.ops
         if self.device.type == "cpu":
-            vars(deepspeed.ops)["__compatible_ops__"] = {}  # or init_distributed compiles a C++ operator nobody uses
+            operators.__compatible_ops__ = {}  # or init_distributed compiles a C++ operator nobody uses
         deepspeed.utils.logger.setLevel(logging.ERROR)
         backend = "nccl" if self.device.type == "cuda" else "gloo"
         if not torch.distributed.is_initialized():
             # One process needs no port, so jobs of a sweep never collide.
-            alone: dict[str, Any] = {} if "MASTER_ADDR" in os.environ else {"store": HashStore()}
+            store = torch.distributed.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+            alone: dict[str, Any] = {} if "MASTER_ADDR" in os.environ else {"store": store}
             torch.distributed.init_process_group(
                 backend, rank=self.rank, world_size=self.world_size, timeout=self.collective_timeout, **alone
             )
@@ -111,6 +114,7 @@ class Zero(Engine):
         self._groups = [dict(group) for group in groups]
         built = optimizer(groups)
         schedule: Any = lr_schedule(built)
+        self._built = [{key: value for key, value in group.items() if key != "params"} for group in built.param_groups]
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=built,
@@ -230,16 +234,40 @@ class Zero(Engine):
             "universal_checkpoint_info": {"universal_checkpoint_version": 0.2},
             "kdcli_order": self._parameter_names(),
         }
-        self._engine.save_checkpoint(str(folder.parent), folder.name, client_state=client, save_latest=False)
+        with self._late_errors():
+            self._engine.save_checkpoint(str(folder.parent), folder.name, client_state=client, save_latest=False)
         if self.rank == 0:
             atomic.write_json(folder / "engine.json", self._layout())
+
+    @contextmanager
+    def _late_errors(self) -> Iterator[None]:
+        """Let a rank that cannot write (a full disk) fail after DeepSpeed's barriers, not between them: the
+        others would wait there for ever."""
+        writer, errors = self._engine.checkpoint_engine, []
+        write = writer.save
+
+        def guarded(state_dict: Any, path: str) -> None:
+            try:
+                fault("ckpt.shard", rank=self.rank, step=self._engine.global_steps)
+                write(state_dict, path)
+            except (OSError, RuntimeError) as error:
+                errors.append(error)
+
+        writer.save = guarded
+        try:
+            yield
+        finally:
+            del writer.save
+        if errors:
+            raise errors[0]
 
     def load(self, folder: Path) -> None:
         """Raises ConfigError when the shards hold anything but tensors and plain values, or cannot be resharded."""
         saved = json.loads((folder / "engine.json").read_text("utf-8"))
         try:
             if saved == self._layout():
-                self._engine.load_checkpoint(str(folder.parent), folder.name)
+                self._engine.load_checkpoint(str(folder.parent), folder.name, load_lr_scheduler_states=False)
+                self._go_on(_reshard.model_state(folder))
             else:
                 log.info("engine: continuing %s with %s", _worded(saved), _worded(self._layout()))
                 self._load_resharded(folder)
@@ -265,10 +293,16 @@ class Zero(Engine):
             if problem is not None:
                 raise problem
             _reshard.from_whole(self._engine, self.stage, whole)
+            self._go_on(_reshard.model_state(whole))
         finally:
             self.gather(None)
             if self.rank == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
+
+    def _go_on(self, saved: Mapping[str, Any]) -> None:
+        self._engine.global_steps, self._engine.skipped_steps = saved["global_steps"], saved["skipped_steps"]
+        groups = self._engine.basic_optimizer.param_groups
+        _schedule.go_on(self._engine.lr_scheduler, saved["lr_scheduler"], groups, self._built)
 
     def _layout(self) -> dict[str, Any]:
         """What must be equal for shards to be read as they are."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kdcli.engine.zero import Zero
 from kdcli.errors import ConfigError
 from tests.distributed import run_ranks
 from tests.engine.test_zero import Toy, advance, same, started
@@ -130,3 +131,51 @@ def test_no_programs_in_a_checkpoint(tmp_path):
     run_ranks(1, save_half, {"stage": 2}, tmp_path / "ds")
     assert {path.suffix for path in (tmp_path / "ds").iterdir()} == {".pt", ".json"}
     assert not (tmp_path / "latest").exists()
+
+
+SCHEDULES = {
+    "lambda": lambda o, steps: torch.optim.lr_scheduler.LambdaLR(o, lambda step: max(0.0, 1 - step / steps)),
+    "cosine": lambda o, steps: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=steps),
+    "sequence": lambda o, steps: torch.optim.lr_scheduler.SequentialLR(
+        o,
+        [
+            torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2),
+            torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=steps - 2),
+        ],
+        milestones=[2],
+    ),
+}
+
+
+def rates(schedule, lr, steps, begin, end, folder, save):
+    """Learning rates of the steps from `begin` on, saving at `HALF` or loading first."""
+    engine = Zero(stage=2, precision="fp32")
+    engine.start()
+    engine.prepare(
+        Toy(),
+        optimizer=lambda groups: torch.optim.AdamW(groups, lr=lr, weight_decay=10 * lr),
+        lr_schedule=lambda optimizer: SCHEDULES[schedule](optimizer, steps),
+        micro_size=2,
+    )
+    if not save:
+        engine.load(folder)
+    seen = []
+    for step in range(begin, end):
+        if save and step == HALF:
+            engine.save(folder)
+        seen.append(engine.lr)
+        advance(engine, range(step, step + 1))
+    return seen, engine._engine.basic_optimizer.param_groups[0]["weight_decay"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_goes_on_exactly_and_with_changed_settings(schedule, tmp_path):
+    [(whole, _)] = run_ranks(1, rates, schedule, 1e-2, 8, 0, 8, tmp_path / "ds", True)
+    [(rest, _)] = run_ranks(1, rates, schedule, 1e-2, 8, HALF, 8, tmp_path / "ds", False)
+    assert rest == whole[HALF:], "unchanged: bit for bit"
+    [(doubled, decay)] = run_ranks(1, rates, schedule, 2e-2, 8, HALF, 8, tmp_path / "ds", False)
+    assert doubled == pytest.approx([2 * rate for rate in rest])
+    assert decay == pytest.approx(0.2)
+    [(longer, _)] = run_ranks(1, rates, schedule, 1e-2, 12, HALF, 12, tmp_path / "ds", False)
+    assert longer[-1] > 0
+    assert longer[1] > rest[1], "a longer schedule falls more slowly"
