@@ -34,6 +34,12 @@ def chunk_size(vocab_size: int, device: torch.device, buffers: int = 6) -> int:
     return max(16, size - size % 16)
 
 
+def compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What the matmuls run in: autocast's type inside autocast, else the weight's."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -46,20 +52,18 @@ class _HeadLoss(torch.autograd.Function):
         chunk: int,
         *parameters: Tensor,
     ) -> Tensor:
-        dtype = _compute_dtype(hidden, weight)
-        real = weight[: head.vocab_size].detach()
-        matrix = real.to(dtype)
+        dtype = compute_dtype(hidden, weight)
+        cast = head.cast(dtype)
         total = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         d_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         d_parameters = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
-        cut = Head(weight=matrix, vocab_size=head.vocab_size, bias=bias, scale=head.scale, softcap=head.softcap)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], chunk):
                 window = slice(start, min(start + chunk, hidden.shape[0]))
                 h = hidden[window].detach().to(dtype)
-                logits = cut(h)
+                logits = cast(h)
                 saved = logits / head.softcap if head.softcap is not None else None
                 value, d_logits, d_extra = loss(logits, window)
                 del logits
@@ -75,7 +79,7 @@ class _HeadLoss(torch.autograd.Function):
                 if d_weight is not None:
                     _add_outer(d_weight[: head.vocab_size], d_logits, h)
                 if d_hidden is not None:
-                    d_hidden[window] = (d_logits.to(dtype) @ matrix).to(hidden.dtype)
+                    d_hidden[window] = (d_logits.to(dtype) @ cast.weight).to(hidden.dtype)
                 del d_logits, saved
         ctx.gradients = (d_hidden, d_weight, d_bias, d_parameters)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype, [p.dtype for p in parameters])
@@ -95,12 +99,6 @@ class _HeadLoss(torch.autograd.Function):
             d_bias = d_bias.mul_(scale).to(bias_dtype)
         extra = [g.mul_(scale).to(dtype) for g, dtype in zip(d_parameters, parameter_dtypes, strict=True)]
         return d_hidden, d_weight, d_bias, None, None, None, *extra
-
-
-def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    """What the matmuls run in: autocast's type inside autocast, else the weight's."""
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 def _add_outer(accumulator: Tensor, d_logits: Tensor, hidden: Tensor) -> None:

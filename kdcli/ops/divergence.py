@@ -25,8 +25,9 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def forward_kl_gradient(log_p: Tensor, log_q: Tensor) -> ValueAndGradient:
     """d KL(p || q) / dz = q - p."""
     p = log_p.exp()
-    value = torch.linalg.vecdot(p, log_p - log_q)
-    return value, log_q.exp().sub_(p)
+    terms = (log_p - log_q).mul_(p)
+    value = terms.sum(-1)
+    return value, torch.exp(log_q, out=terms).sub_(p)
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -37,9 +38,9 @@ def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 def reverse_kl_gradient(log_p: Tensor, log_q: Tensor) -> ValueAndGradient:
     """d KL(q || p) / dz = q (log q - log p - KL(q || p))."""
     q = log_q.exp()
-    ratio = log_q - log_p
-    value = torch.linalg.vecdot(q, ratio)
-    return value, ratio.sub_(value.unsqueeze(-1)).mul_(q)
+    terms = (log_q - log_p).mul_(q)
+    value = terms.sum(-1)
+    return value, terms.sub_(q.mul_(value.unsqueeze(-1)))
 
 
 def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
@@ -54,7 +55,7 @@ def generalized_jsd_gradient(log_p: Tensor, log_q: Tensor, beta: float = 0.5) ->
     """d JSD / dz = (1 - beta) q (log q - log m - KL(q || m))."""
     log_m = _log_mixture(log_p, log_q, beta)
     of_student, gradient = reverse_kl_gradient(log_m, log_q)
-    of_teacher = torch.linalg.vecdot(log_p.exp(), log_p - log_m)
+    of_teacher = torch.sub(log_p, log_m, out=log_m).mul_(log_p.exp()).sum(-1)
     return beta * of_teacher + (1 - beta) * of_student, gradient.mul_(1 - beta)
 
 

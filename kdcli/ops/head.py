@@ -41,14 +41,19 @@ class Head:
         """The same head over the first `vocab_size` ids."""
         return replace(self, vocab_size=min(self.vocab_size, vocab_size))
 
+    def cast(self, dtype: torch.dtype) -> Head:
+        """The same head over the real ids only, its weight detached and in `dtype`: for use on many chunks."""
+        return replace(self, weight=self.weight[: self.vocab_size].detach().to(dtype))
+
     def __call__(self, hidden: Tensor) -> Tensor:
         """Hidden states [..., D] -> logits [..., V] in float32."""
         weight = self.weight[: self.vocab_size]
-        logits = torch.nn.functional.linear(hidden.to(weight.dtype), weight).float()
+        flat = hidden.reshape(-1, hidden.shape[-1])  # of three dimensions, matmul would copy the weight
+        logits = torch.nn.functional.linear(flat.to(weight.dtype), weight).float()
         if self.bias is not None:
             logits = logits + self.bias[: self.vocab_size].float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
+        return logits.view(*hidden.shape[:-1], self.vocab_size)

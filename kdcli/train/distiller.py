@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdcli.api import Batch, Need, Objective, Scores, Student, StudentOutput, Teacher, TeacherSignal, TopK, Unit
 from kdcli.errors import ConfigError
 from kdcli.ops import divergence
-from kdcli.ops.chunked import chunk_size, head_loss
+from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss
 from kdcli.ops.head import Head
 
 
@@ -91,7 +91,7 @@ class Distiller(nn.Module):
         columns: dict[str, list[Tensor]] = {"nll": [], "teacher_nll": [], "kl": [], "agree": []}
 
         def run(hidden: Tensor, head: Head) -> Tensor:
-            head = head.cut(vocab_size)
+            head = head.cut(vocab_size).cast(compute_dtype(hidden, head.weight))
             size = self.chunk or chunk_size(vocab_size, hidden.device)
             for start in range(0, hidden.shape[0], size):
                 window = slice(start, start + size)
