@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -24,7 +25,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kdcli.command import catalog, guard
@@ -78,6 +79,7 @@ class Loader(ConfigLoaderImpl):
 
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         config = super().load_configuration(*args, **kwargs)
+        _drop_leftovers(config)
         guard.refuse_code(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
         return config
 
@@ -140,9 +142,29 @@ def explain(error: BaseException, app: Hydra, verb: str, overrides: Sequence[str
     return ConfigError(" ".join(line.strip() for line in text.splitlines() if "object_type" not in line))
 
 
+def _drop_leftovers(config: DictConfig) -> None:
+    """Where the command chooses another option than the recipe (`teacher=none`), the settings that the recipe gave its
+    own option go with it; what the command itself sets stays, to be checked."""
+    overrides = [one.lstrip("+").partition("=") for one in config.hydra.overrides.task]
+    typed = {key for key, _, _ in overrides}
+    for key, _, option in overrides:
+        group, _, place = key.partition("@")
+        node = OmegaConf.select(config, place or group) if group in catalog.GROUPS else None
+        file = catalog.options(group).get(option) if isinstance(node, DictConfig) else None
+        known = yaml.safe_load(file.read_text("utf-8")) if file else None
+        if node is None or known is None or "defaults" in known:
+            continue
+        with open_dict(config):
+            for name in [str(name) for name in node if name not in known]:
+                if not any(
+                    one == f"{place or group}.{name}" or one.startswith(f"{place or group}.{name}.") for one in typed
+                ):
+                    del node[name]
+
+
 def _job_folder(override_dirname: str) -> str:
     """A job's folder in its sweep: the same overrides, the same folder. Never the overrides themselves."""
-    return f"job-{xxhash.xxh3_64_hexdigest(override_dirname)[:8]}"
+    return f"job-{xxhash.xxh3_64_hexdigest(override_dirname.encode())[:8]}"
 
 
 def _reference(name: str, *default: str) -> str:

@@ -33,7 +33,7 @@ def write(run_dir: Path, config: Mapping[str, Any], command: Sequence[str]) -> N
             "folder": str(Path.cwd()),  # relative paths of the config are seen from here
             "seed": config["run"].get("seed"),
             "processes": config["launch"].get("processes", 1) * (config["launch"].get("nodes") or 1),
-            "config_hash": xxhash.xxh3_64_hexdigest(json.dumps(config, sort_keys=True, default=str)),
+            "config_hash": xxhash.xxh3_64_hexdigest(json.dumps(config, sort_keys=True, default=str).encode()),
             "models": {
                 key: _model(config[key]) for key in ("teacher", "student") if (config.get(key) or {}).get("path")
             },

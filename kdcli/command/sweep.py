@@ -103,7 +103,7 @@ def _folder(master: DictConfig, overrides: Sequence[str]) -> Path:
     what = [one for one in overrides if not one.startswith(WHERE_NOT_WHAT)]
     name = OmegaConf.select(master, "run.name")
     base = Path("runs", name) if isinstance(name, str) and runs.NAME.fullmatch(name) else Path("runs")
-    return base / f"sweep-{xxhash.xxh3_64_hexdigest(json.dumps(what))[:8]}"
+    return base / f"sweep-{xxhash.xxh3_64_hexdigest(json.dumps(what).encode())[:8]}"
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
