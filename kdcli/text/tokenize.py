@@ -93,9 +93,9 @@ def cache_key(data: Data, tokenizer: Any, settings: Settings) -> str:
 
 
 def _build(folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int) -> EncodeReport:
-    """Write the folder beside its place and rename it when it is whole."""
-    beside = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
+    """Write the folder beside its place and rename it when it is whole. The caller holds its lock."""
+    beside = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
     beside.mkdir(mode=0o700)
     try:
         report = EncodeReport(domains={})

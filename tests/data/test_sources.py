@@ -129,21 +129,6 @@ def test_a_fingerprint_is_of_the_content_not_of_the_place(folder: Path, tmp_path
     assert len(seen) == 5
 
 
-def test_the_shipped_corpus_has_eight_domains() -> None:
-    train, valid = (Jsonl(path=f"recipes://data/mini/{split}") for split in ("train", "valid"))
-    assert list(train.domains()) == ["c", "health", "javascript", "math", "prose", "python", "speech", "techdoc"]
-    documents = [
-        {
-            str(example.meta["id"]).split("#")[0]
-            for rows in data.domains().values()
-            for example in rows
-            if "#" in example.meta["id"]
-        }
-        for data in (train, valid)
-    ]
-    assert not {name for name in documents[0] & documents[1] if not name.startswith("gsm/")}
-
-
 def test_a_mixture_names_its_domains(folder: Path) -> None:
     data = Mixture(domains={"all": Jsonl(path=str(folder)), "one": Jsonl(path=str(folder / "code.jsonl"), limit=1)})
     assert texts(data) == {"all": ["c1", "c2", "c3", "p1"], "one": ["c1"]}

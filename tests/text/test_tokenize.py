@@ -172,6 +172,21 @@ def test_a_damaged_cache_is_made_again() -> None:
     assert token_lists(second["prose"]) == expected
 
 
+def test_what_a_killed_process_left_is_no_obstacle() -> None:
+    encode(texts(3), byte_level(), max_length=16)
+    (folder,) = (path for path in (paths.cache() / "tokens").iterdir() if path.is_dir())
+    folder.rename(folder.with_name(f".tmp-{folder.name}"))
+    rows, report = encode(texts(3), byte_level(), max_length=16)
+    assert not report.cached
+    assert len(rows["prose"]) == 1
+    assert not folder.with_name(f".tmp-{folder.name}").exists()
+
+
+def test_nothing_is_drawn_where_nobody_looks(capfd: pytest.CaptureFixture[str]) -> None:
+    encode(texts(3), byte_level(), max_length=16)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
     file = write(tmp_path / "code.jsonl", {"text": "a b c"}, {"text": ""})
     with pytest.raises(ConfigError, match=r"code.jsonl:2: text is empty"):
