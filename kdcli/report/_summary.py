@@ -43,8 +43,9 @@ def summary(name: str, first: Evaluation, last: Evaluation, console: Console) ->
     domains = [key.removesuffix("/ppl") for key in last.metrics if key.endswith("/ppl")]
     if not domains:
         return Group(title, _metric_table(first, last))
-    if len(domains) == 2 and POOL in domains:
-        domains.remove(POOL)  # it would repeat the only domain
+    if POOL in domains:
+        domains.remove(POOL)
+        domains += [POOL] if len(domains) > 1 else []  # it would repeat the only domain
     groups = _groups(first, last)
     for count, space in [(len(groups), 1), *((count, 0) for count in range(len(groups), 0, -1))]:
         table = _beside(domains, dict(list(groups.items())[:count]), space)
@@ -97,7 +98,7 @@ def _beside(domains: list[str], groups: Mapping[str, list[_Column]], space: int)
     names = _empty(" ", space)
     names.add_column("domain", no_wrap=True)
     tables = [names]
-    above_pool = domains[domains.index(POOL) - 1] if POOL in domains else None
+    above_pool = domains[-2] if POOL in domains else None
     for domain in domains:
         names.add_row(Text(domain, style="bold" if domain == POOL else ""), end_section=domain == above_pool)
     for heading, columns in groups.items():
