@@ -27,10 +27,10 @@ class Progress:
         self._since = time.monotonic()  # the latest step or evaluation
         self._deadline = None if minutes is None else self._since + 60 * minutes
 
-    def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A step has been logged."""
+    def update(self, step: int, metrics: Mapping[str, float], *, timed: bool = True) -> None:
+        """A step has been logged; not `timed` where something else took time since the one before."""
         now = time.monotonic()
-        if step > self.step:
+        if timed and step > self.step:
             new = (now - self._since) / (step - self.step)
             old = new if self._seconds_per_step is None else self._seconds_per_step
             self._seconds_per_step = SMOOTHING * old + (1 - SMOOTHING) * new

@@ -125,7 +125,13 @@ def _metric_table(first: Evaluation, last: Evaluation) -> Table:
 
 def _empty(heading: str | None, space: int) -> Table:
     return Table(
-        title=heading, title_style="", box=SIMPLE_HEAD, show_edge=False, padding=(0, space, 0, 0), header_style="dim"
+        title=heading,
+        title_style="",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, space, 0, 0),
+        header_style="dim",
+        min_width=len(heading or ""),
     )
 
 

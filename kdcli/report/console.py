@@ -52,11 +52,12 @@ class Console(Reporter):
             self._lead_logs_above_the_bar()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        evaluations = self._remember(step, metrics)
         if any(name.startswith("loss/") for name in metrics):
-            self._progress.update(step, metrics)
+            self._progress.update(step, metrics, timed=not evaluations)
             if self._bar is None:
                 self._print(self._progress.line())
-        for name in self._remember(step, metrics):
+        for name in evaluations:
             self._progress.pause()
             self._print(f"step {step} | {name} | {_highlights(self._last[name].metrics)}")
 
@@ -67,7 +68,7 @@ class Console(Reporter):
             for handler, stream in self._handlers:
                 handler.setStream(stream)
             if self._progress.metrics:
-                self._print(self._progress.line())  # what the bar showed last stays in the scrollback
+                self._console.print(self._progress)  # as it was last
         for name, last in self._last.items():
             self._console.print()
             self._console.print(summary(name, self._first[name], last, self._console))

@@ -189,6 +189,9 @@ def test_time_left_follows_the_steps_and_the_cap_on_minutes(monkeypatch: pytest.
     assert capped.seconds_left() == pytest.approx(25)
     now += 2
     assert progress.seconds_left() == pytest.approx(43)
+    now += 100
+    progress.update(2, STEP, timed=False)  # an evaluation was logged with it
+    assert progress.seconds_left() == pytest.approx(40)
     progress.update(10, STEP)
     assert progress.seconds_left() == 0
 
