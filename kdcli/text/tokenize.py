@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import io
 import json
 import logging
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -15,22 +12,21 @@ from operator import length_hint
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import xxhash
-from filelock import FileLock, Timeout
 
 from kdcli.api import Data
-from kdcli.errors import ConfigError, DataError, KDError
-from kdcli.store import atomic, paths
+from kdcli.errors import ConfigError, DataError
+from kdcli.store import paths
 from kdcli.store.tokens import Segments, SegmentWriter, TokenRows
+from kdcli.text._cache import locked, new_folder, packing_plan, read_report, write_report
 from kdcli.text._workers import Outcome, Settings, outcomes
 from kdcli.text.counts import Counts, EncodeReport
-from kdcli.text.pack import pack
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1  # of the cached files and of what is in them; a change makes old caches unread
 NAMED = 20  # lost rows that the report names per domain
+LARGE = 200_000  # examples of a domain from which on several processes pay
 LOUD = 0.05  # share of examples lost to truncation from which on a warning is due
 
 
@@ -47,27 +43,29 @@ def encode(
     """Domain -> rows of at most `max_length` tokens, memory-mapped, and a report.
 
     A document longer than `max_length` is split (parts overlap by one token, so that every token is predicted once)
-    or truncated; any other row is truncated at its end, and dropped when no target is left. `workers`: processes for
-    large data (default: one per core). Several processes may call this at once: one works, the others wait.
+    or truncated; any other row is truncated at its end, and dropped when no target is left. `workers`: processes
+    (default: one per core for large data, else this one). `chat_template`: see `Template`. Several processes may call
+    this at once: one works, the others wait.
 
     Raises ConfigError when a domain is left without a target, and whatever reading the data raises.
     """
     if max_length < 2:
         raise ConfigError(f"batch.max_length is {max_length}; a row needs at least 2 tokens")
     settings = Settings(max_length=max_length, split=overflow == "split", chat_template=chat_template)
-    key = cache_key(data, tokenizer, settings)
-    folder = paths.cache() / "tokens" / key
+    folder = paths.cache() / "tokens" / _cache_key(data, tokenizer, settings)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
-    with _locked(folder.with_suffix(".lock")):
-        report = _read_report(folder)
+    with locked(folder):
+        report = read_report(folder)
         if report is None:
-            report = _build(folder, data, tokenizer, settings, workers or len(os.sched_getaffinity(0)))
-        plans = _plans(folder, report, max_length) if packing else {}
+            with new_folder(folder) as beside:
+                report = _write_all(beside, data, tokenizer, settings, workers)
+                write_report(beside, report)
+        rows = {}
+        for number, name in enumerate(report.domains):
+            segments = Segments(folder / f"{number}.arrow", name)
+            plan = packing_plan(folder / f"{number}.plan.npz", segments, max_length) if packing else None
+            rows[name] = TokenRows(segments, plan)
     _check(report, max_length)
-    rows = {
-        name: TokenRows(Segments(folder / f"{number}.arrow", name), plans.get(name))
-        for number, name in enumerate(report.domains)
-    }
     return rows, report
 
 
@@ -84,7 +82,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return _hash([content, special, tokenizer.chat_template])
 
 
-def cache_key(data: Data, tokenizer: Any, settings: Settings) -> str:
+def _cache_key(data: Data, tokenizer: Any, settings: Settings) -> str:
     """A hash of everything that the tokens depend on."""
     import transformers
 
@@ -92,32 +90,16 @@ def cache_key(data: Data, tokenizer: Any, settings: Settings) -> str:
     return _hash([FORMAT, transformers.__version__, source, tokenizer_fingerprint(tokenizer), asdict(settings)])
 
 
-def _build(folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int) -> EncodeReport:
-    """Write the folder beside its place and rename it when it is whole. The caller holds its lock."""
-    beside = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)  # of a process that was killed
-    beside.mkdir(mode=0o700)
-    try:
-        report = EncodeReport(domains={})
-        for number, (name, examples) in enumerate(data.domains().items()):
-            file, known = beside / f"{number}.arrow", set(data.bad_rows())
-            found = outcomes(_shown(name, examples), tokenizer, settings, workers=_worth(workers, examples))
-            report.domains[name] = _write(file, name, found, data.max_bad_fraction)
-            bad = {where: reason for where, reason in data.bad_rows().items() if where not in known}
-            _count_bad(report.domains[name], bad)
-            atomic.fsync_file(file)
-        sizes = {file.name: file.stat().st_size for file in beside.iterdir()}
-        atomic.write_json(beside / "report.json", {"sizes": sizes, "domains": asdict(report)["domains"]})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(beside, folder)
-        atomic.fsync_folder(folder.parent)
-        return report
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise KDError(f"no space left on the disk of {folder.parent}; make room, or set KDCLI_CACHE") from error
-        raise
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+def _write_all(folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int | None) -> EncodeReport:
+    """Write each domain's segments to NUMBER.arrow."""
+    report = EncodeReport(domains={})
+    for number, (name, examples) in enumerate(data.domains().items()):
+        known = set(data.bad_rows())
+        found = outcomes(_shown(name, examples), tokenizer, settings, workers=_processes(workers, examples))
+        counts = _write(folder / f"{number}.arrow", name, found, data.max_bad_fraction)
+        _count_bad(counts, {where: reason for where, reason in data.bad_rows().items() if where not in known})
+        report.domains[name] = counts
+    return report
 
 
 def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: float) -> Counts:
@@ -163,56 +145,15 @@ def _check(report: EncodeReport, max_length: int) -> None:
                 f"domain {name}: 0 of {counts.examples} examples have a supervised token within "
                 f"batch.max_length={max_length} (most often: {reason}); raise batch.max_length or take the domain out"
             )
-    lost = sum(counts.dropped.get(Outcome.CUT, 0) for counts in report.domains.values())
-    if lost > LOUD * report.total.examples:
-        log.warning(
-            "%d of %d examples lost every supervised token to batch.max_length=%d; raise it to keep them",
-            lost,
-            report.total.examples,
-            max_length,
-        )
+    lost, examples = report.total.dropped.get(Outcome.CUT, 0), report.total.examples
+    if lost > LOUD * examples:
+        message = "%d of %d examples lost every supervised token to batch.max_length=%d; raise it to keep them"
+        log.warning(message, lost, examples, max_length)
 
 
-def _plans(folder: Path, report: EncodeReport, capacity: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Packing plans per domain, made once and kept beside the tokens."""
-    plans = {}
-    for number, name in enumerate(report.domains):
-        file = folder / f"{number}.plan.npz"
-        if not file.exists():
-            order, starts = pack(Segments(folder / f"{number}.arrow", name).lengths(), capacity)
-            buffer = io.BytesIO()
-            np.savez(buffer, order=order, starts=starts)
-            atomic.write_bytes(file, buffer.getvalue())
-        with np.load(file, allow_pickle=False) as arrays:
-            plans[name] = (arrays["order"], arrays["starts"])
-    return plans
-
-
-def _read_report(folder: Path) -> EncodeReport | None:
-    """The report of a whole folder, or None."""
-    try:
-        content = json.loads((folder / "report.json").read_bytes())
-        whole = all((folder / name).stat().st_size == size for name, size in content["sizes"].items())
-        domains = {name: Counts(**counts) for name, counts in content["domains"].items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return EncodeReport(domains=domains, cached=True) if whole else None
-
-
-def _locked(path: Path) -> FileLock:
-    """A lock that is told about when another process holds it."""
-    lock = FileLock(str(path), mode=0o600)
-    try:
-        lock.acquire(blocking=False)
-        lock.release()
-    except Timeout:
-        log.info("waiting for another process that tokenizes the same data (%s)", path)
-    return lock
-
-
-def _worth(workers: int, examples: Iterable[Any]) -> int:
-    """Processes cost seconds to start; a tokenizer alone does thousands of examples a second."""
-    return workers if length_hint(examples) >= 20_000 else 1
+def _processes(asked: int | None, examples: Iterable[Any]) -> int:
+    """The tokenizer itself uses all cores; processes share out the Python around it, and cost seconds to start."""
+    return asked or (len(os.sched_getaffinity(0)) if length_hint(examples) >= LARGE else 1)
 
 
 def _shown(name: str, examples: Iterable[Any]) -> Iterator[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -206,8 +207,8 @@ def test_a_full_disk_is_a_message_and_leaves_nothing_behind(monkeypatch: pytest.
 
 def test_callers_at_the_same_time_tokenize_once(monkeypatch: pytest.MonkeyPatch) -> None:
     builds: list[int] = []
-    build = tokenize._build
-    monkeypatch.setattr(tokenize, "_build", lambda *args: (builds.append(1), build(*args))[1])
+    write_all = tokenize._write_all
+    monkeypatch.setattr(tokenize, "_write_all", lambda *args: (builds.append(1), write_all(*args))[1])
     found: list[Any] = []
     threads = [
         threading.Thread(target=lambda: found.append(encode(texts(3, 9), byte_level(), max_length=16, packing=True)))
@@ -256,6 +257,13 @@ def test_processes_give_the_same_tokens_in_the_same_order() -> None:
         for n in (1, 2)
     )
     assert alone == several
+
+
+def test_processes_are_for_large_data_or_for_who_asks() -> None:
+    cores = len(os.sched_getaffinity(0))
+    assert tokenize._processes(None, range(tokenize.LARGE)) == cores
+    assert tokenize._processes(None, range(1000)) == 1
+    assert tokenize._processes(3, range(1000)) == 3
 
 
 def test_a_fingerprint_is_of_what_a_tokenizer_does() -> None:
