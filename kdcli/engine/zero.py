@@ -318,7 +318,10 @@ class Zero(Engine):
             return self._engine._zero3_consolidated_16bit_state_dict()
         if self.rank > 0:
             return None
-        return {name: value.detach().cpu() for name, value in self._engine.module.state_dict().items()}
+        copies: dict[Any, Tensor] = {}  # tied parameters stay one tensor
+        state: dict[str, Tensor] = self._engine.module.state_dict()
+        places = {name: (value.data_ptr(), value.shape, value.dtype) for name, value in state.items()}
+        return {name: copies.setdefault(places[name], value.detach().cpu()) for name, value in state.items()}
 
     def close(self) -> None:
         if self._engine is not None:

@@ -16,8 +16,11 @@ SECRET_VALUE = re.compile(
 )
 
 
+FILE_ONLY = "file_only"  # log.error(…, extra={FILE_ONLY: True}) does not reach the console
+
+
 def setup(run_dir: Path, rank: int) -> None:
-    """Send this process's log to `run_dir/kdcli.log`, and rank 0's to stderr too."""
+    """Send this process's log to `run_dir/kdcli.log`, and rank 0's to stderr too: ours, and others' warnings."""
     root = logging.getLogger()
     for handler in [h for h in root.handlers if getattr(h, "is_kdcli", False)]:
         root.removeHandler(handler)
@@ -26,9 +29,7 @@ def setup(run_dir: Path, rank: int) -> None:
     stamp.converter = time.gmtime
     file = logging.FileHandler(Path(run_dir) / "kdcli.log", encoding="utf-8", errors="backslashreplace")
     console = logging.StreamHandler(sys.stderr)
-    console.addFilter(
-        lambda record: rank == 0 and (record.name.startswith("kdcli") or record.levelno >= logging.WARNING)
-    )
+    console.addFilter(lambda record: rank == 0 and not hasattr(record, FILE_ONLY))
     for handler, formatter in ((file, stamp), (console, _Redacting("%(message)s"))):
         handler.setFormatter(formatter)
         handler.is_kdcli = True  # type: ignore[attr-defined]

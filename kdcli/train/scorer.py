@@ -1,0 +1,41 @@
+"""The model in training, as evaluations see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import Tensor
+
+from kdcli.api import Batch, Engine, Scores, Subject
+from kdcli.train.interrupt import Interrupt
+
+
+class StopScoring(Exception):
+    """A signal came while an evaluation ran; every rank has agreed to stop."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
+class Scorer(Subject):
+    """Scores on the CPU. Between two calls all ranks may agree to stop: StopScoring."""
+
+    def __init__(self, engine: Engine, tokenizer: Any, interrupt: Interrupt) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.rank, self.world_size = engine.rank, engine.world_size
+        self.interrupt = interrupt
+
+    def score(self, batch: Batch) -> Scores:
+        signal_number = max(self.engine.gather(self.interrupt.received))
+        if signal_number:
+            raise StopScoring(signal_number)
+        scores: Scores = self.engine(batch.to(self.engine.device), mode="score")
+        values = {f.name: getattr(scores, f.name) for f in fields(scores)}
+        return replace(scores, **{name: value.cpu() for name, value in values.items() if isinstance(value, Tensor)})
+
+    def sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        return self.engine.sum(values)
