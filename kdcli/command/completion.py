@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from kdcli.command.catalog import GROUPS, recipe_names
+from kdcli.command.catalog import GROUPS, options, recipe_names
 from kdcli.errors import ConfigError
 
 
@@ -23,6 +23,8 @@ def main(argv: Sequence[str], verbs: Iterable[str], composed: Iterable[str]) -> 
     words = os.environ.get("COMP_LINE", "").split(" ")[1:]
     if len(words) <= 1:
         print(" ".join(verbs))
+    elif words[0] in composed and (found := _options_of_a_term(words[-1])):
+        print(" ".join(found))
     elif words[0] in composed:
         from kdcli.command.hydra_verb import complete
 
@@ -32,3 +34,10 @@ def main(argv: Sequence[str], verbs: Iterable[str], composed: Iterable[str]) -> 
     elif words[0] == "copy" and len(words) == 2:
         print(" ".join(recipe_names()))
     return 0
+
+
+def _options_of_a_term(word: str) -> list[str]:
+    """The options of a named term, `objective@objective.kd=…`, which Hydra does not complete."""
+    place, equals, _ = word.partition("=")
+    group, at, _ = place.lstrip("+").partition("@")
+    return [f"{place}={option}" for option in options(group)] if at and equals and group in GROUPS else []

@@ -26,7 +26,7 @@ from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from kdcli.command import catalog, guard
 from kdcli.config.nearest import suggest
@@ -128,6 +128,9 @@ def explain(error: BaseException, app: Hydra, verb: str, overrides: Sequence[str
         return ConfigError(
             f"{error.override}: is not KEY=VALUE as Hydra writes it; quote special characters: KEY='VALUE'"
         )
+    cause = error if isinstance(error, InterpolationResolutionError) else error.__cause__
+    if isinstance(cause, InterpolationResolutionError):
+        return ConfigError(_interpolation(cause, overrides))
     text = str(error) or str(error.__cause__ or "")
     if found := re.match(r"Could not override '([^']+)'", text):
         return ConfigError(_unknown_key(found[1], app, verb, overrides))
@@ -148,7 +151,10 @@ def _drop_leftovers(config: DictConfig) -> None:
     overrides = [one.lstrip("+").partition("=") for one in config.hydra.overrides.task]
     typed = {key for key, _, _ in overrides}
     for key, _, option in overrides:
-        group, _, place = key.partition("@")
+        group, _, place = key.lstrip("~").partition("@")
+        if key.startswith("~") and group in catalog.GROUPS:
+            _drop(config, place or group)
+            continue
         node = OmegaConf.select(config, place or group) if group in catalog.GROUPS else None
         file = catalog.options(group).get(option) if isinstance(node, DictConfig) else None
         known = yaml.safe_load(file.read_text("utf-8")) if file else None
@@ -160,6 +166,15 @@ def _drop_leftovers(config: DictConfig) -> None:
                     one == f"{place or group}.{name}" or one.startswith(f"{place or group}.{name}.") for one in typed
                 ):
                     del node[name]
+
+
+def _drop(config: DictConfig, place: str) -> None:
+    """Remove what a recipe says of a component that the command has removed (`~objective@objective.ce`)."""
+    node = OmegaConf.select(config, place)
+    if isinstance(node, DictConfig) and "_target_" not in node:
+        parent, _, last = place.rpartition(".")
+        with open_dict(config):
+            del (OmegaConf.select(config, parent) if parent else config)[last]
 
 
 def _job_folder(override_dirname: str) -> str:
@@ -237,9 +252,11 @@ def _keys(node: Any, prefix: str = "") -> list[str]:
     return own + [k for key, value in node.items() if prefix or key != "hydra" for k in _keys(value, f"{prefix}{key}.")]
 
 
-def _interpolation(error: OmegaConfBaseException) -> str:
-    text = next(iter(str(error.msg or error).splitlines()), "")
-    return f"{error.full_key or 'config'}: {text}; write ${{path.of.a.key}} with a key that exists"
+def _interpolation(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    text = next(iter(str(getattr(error, "msg", None) or error).splitlines()), "")
+    missing = text.split("'")[1] if text.count("'") > 1 else text
+    place = getattr(error, "full_key", None) or next((one for one in overrides if missing in one), "config")
+    return f"{place}: {text}; write ${{path.of.a.key}} with a key that exists"
 
 
 # At import, because the processes of a parallel sweep import this module and nothing else of kdcli.command.

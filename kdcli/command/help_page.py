@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 
 from kdcli.command.arguments import parser
 from kdcli.command.catalog import GROUPS, first_comment, options, recipes
@@ -57,4 +58,9 @@ def _keys(verb: str) -> str:
 
 def _rows(rows: dict[str, str]) -> str:
     width = max(map(len, rows), default=0)
-    return "\n".join(f"  {name.ljust(width)}  {text}".rstrip() for name, text in rows.items())
+    return "\n".join(
+        textwrap.fill(
+            text or " ", 118, initial_indent=f"  {name.ljust(width)}  ", subsequent_indent=" " * (width + 4)
+        ).rstrip()
+        for name, text in rows.items()
+    )

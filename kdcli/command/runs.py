@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,13 +40,17 @@ def start(config: dict[str, Any], *, overrides: Sequence[str], timed: bool = Fal
     if not NAME.fullmatch(str(config["run"].get("name"))):
         raise ConfigError(f"run.name: {config['run'].get('name')!r} is not made of letters, digits, . _ - only")
     check(config)
+    if timed and _on_each_node(config):
+        raise ConfigError(
+            "run.dir: every node needs the same run folder; add run.dir=FOLDER, on a shared disk, to the command"
+        )
     _agrees_with_checkpoint(config)
     folder = open_folder(config, timed=timed)
     if folder.complete:
         print(f"{folder.path}: already complete; give more run.steps, or another run.dir, to train on")
         return 0
     config["run"]["dir"] = str(folder.path)
-    with RunLock(folder.path):
+    with _lock(folder.path, config):
         write(folder.path, config, overrides)
     launcher = build(config["launch"], Launcher)
     return launcher(folder.path, isolate=isolate)
@@ -129,7 +134,7 @@ def _used(path: Path, old: Mapping[str, Any], config: Mapping[str, Any]) -> Fold
         raise ConfigError(
             f"run.dir: {path} has a run in it, and run.resume=never; set another run.dir, or run.resume=auto"
         )
-    with RunLock(path):
+    with _lock(path, config):
         state = status.read(path)
     changes = compare(old, config)
     if changes.refusals and _has_results(path):
@@ -146,6 +151,16 @@ def _used(path: Path, old: Mapping[str, Any], config: Mapping[str, Any]) -> Fold
     for change in changes.warnings if _has_results(path) else []:
         print(f"warning: {path} goes on with {change}", file=sys.stderr)
     return Folder(path)
+
+
+def _on_each_node(config: Mapping[str, Any]) -> bool:
+    """Whether this command is started on several machines at once (torchrun), and not by one for all."""
+    return (config["launch"].get("nodes") or 1) > 1 and "rendezvous" in config["launch"]
+
+
+def _lock(path: Path, config: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Nobody else runs in the folder. Where every node starts the same command, that is for their rank 0 to see."""
+    return nullcontext() if _on_each_node(config) else RunLock(path)
 
 
 def _has_results(path: Path) -> bool:

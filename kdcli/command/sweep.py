@@ -36,8 +36,8 @@ def run(app: Hydra, verb: str, overrides: Sequence[str], adjust: Callable[[dict[
     master = compose(app, verb, overrides, RunMode.MULTIRUN)
     if any(one.lstrip("+").startswith("run.dir=") for one in overrides):
         raise ConfigError("run.dir: jobs of a sweep have folders of their own; set hydra.sweep.dir=FOLDER instead")
-    if "optuna" in str(master.hydra.sweeper._target_) and not master.get("optimize"):
-        raise ConfigError("optimize: a search needs the metric to improve; add optimize=eval/heldout/all/kl or another")
+    if "optuna" in str(master.hydra.sweeper._target_):
+        overrides += _searched(master)
     folder = _folder(master, overrides)
     job = Job(verb, adjust)
     interrupted = False
@@ -59,6 +59,17 @@ def run(app: Hydra, verb: str, overrides: Sequence[str], adjust: Callable[[dict[
     if interrupted:
         raise Interrupted(2, f"sweep stopped; the same command goes on with it (folder {folder})")
     return 1 if any(row["state"] != "done" for row in rows) else 0
+
+
+def _searched(master: DictConfig) -> list[str]:
+    """What a search with optuna needs besides: a metric, and a seed, so that the same command tries the same values."""
+    import optuna
+
+    if not master.get("optimize"):
+        raise ConfigError("optimize: a search needs the metric to improve; add optimize=eval/heldout/all/kl or another")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    sampler = master.hydra.sweeper.get("sampler") or {}
+    return [f"hydra.sweeper.sampler.seed={master.run.seed}"] if sampler.get("seed", 0) is None else []
 
 
 class Job:
@@ -136,6 +147,7 @@ def _last(run_dir: Path) -> dict[str, float]:
 def _remove_empty(folder: Path) -> None:
     """A sweep none of whose jobs began leaves nothing behind."""
     (folder / "multirun.yaml").unlink(missing_ok=True)
-    for place in (folder, folder.parent):
-        if place.is_dir() and not any(place.iterdir()):
-            place.rmdir()
+    for place in (folder, *folder.parents):
+        if place == Path(".") or not place.is_dir() or any(place.iterdir()):
+            return
+        place.rmdir()

@@ -28,7 +28,7 @@ def show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         given = _given(row)
         numbers = [_number(row["metrics"].get(column)) for column in columns]
         style = None if row["state"] == "done" else "red"
-        chosen = [escape(given.get(key, "")) for key in keys]
+        chosen = [escape(_rounded(given.get(key, ""))) for key in keys]
         table.add_row(
             str(row["number"]), *chosen, row["state"], str(row["step"]), *numbers, Path(row["folder"]).name, style=style
         )
@@ -62,6 +62,14 @@ def _metric_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 def _short(key: str) -> str:
     """objective@objective.kd -> objective.kd."""
     return key.rpartition("@")[2]
+
+
+def _rounded(text: str) -> str:
+    """A number that a sampler drew, to four digits; anything else as it was typed."""
+    try:
+        return f"{float(text):.4g}" if len(text) > 8 else text
+    except ValueError:
+        return text
 
 
 def _number(value: float | None) -> str:

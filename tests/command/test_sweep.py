@@ -96,7 +96,6 @@ def test_optuna_improves_the_metric_that_optimize_names(kdcli, pretend) -> None:
         "hydra/sweeper=optuna",
         "hydra.sweeper.n_trials=4",
         "hydra.sweeper.n_jobs=1",
-        "hydra.sweeper.sampler.seed=1",
         "optimizer.lr=interval(0.1,0.9)",
         "optimize=eval/heldout/all/kl",
         "-m",
@@ -106,6 +105,15 @@ def test_optuna_improves_the_metric_that_optimize_names(kdcli, pretend) -> None:
     value = float(best.read_text().split("best_value:")[1])
     assert value == min(row["metrics"]["eval/heldout/all/kl"] for row in rows())
     assert len(rows()) == 4
+
+
+@pytest.mark.slow
+def test_the_same_search_skips_what_is_done(kdcli, pretend) -> None:
+    pytest.importorskip("optuna")
+    sweeper = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(0.1,0.9)", "optimize=loss/total"]
+    for _ in range(2):
+        assert kdcli("distill", *pretend, *sweeper, "-m").code == 0
+        assert len(launched()) == 3
 
 
 def test_optuna_survives_failed_jobs(kdcli, pretend) -> None:

@@ -1,0 +1,99 @@
+"""What Hydra composes for us: references stay references, leftovers go, code is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from kdcli.command.compose import compose, hydra, plain
+from kdcli.command.guard import refuse_code
+from kdcli.errors import ConfigError
+
+
+def composed(*overrides: str, verb: str = "distill") -> dict:
+    with hydra() as app:
+        return plain(compose(app, verb, overrides), verb)
+
+
+def test_an_environment_variable_is_never_read_while_composing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_THING", "hunter2")
+    config = composed("+recipe=tiny", "run.name=${oc.env:SECRET_THING}", "teacher.path=x-${run.name}")
+    assert config["run"]["name"] == "${oc.env:SECRET_THING}"
+    assert config["teacher"]["path"] == "x-${oc.env:SECRET_THING}"
+
+
+def test_show_config_does_not_reveal_a_secret_either(kdcli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_THING", "hunter2")
+    out = kdcli("distill", "run.name=${oc.env:SECRET_THING}", "--cfg", "job", "--resolve").out
+    assert "hunter2" not in out
+    assert "${oc.env:SECRET_THING}" in out
+
+
+def test_flags_may_stand_anywhere(kdcli) -> None:
+    first = kdcli("distill", "--cfg", "job", "-p", "run", "+recipe=tiny", "run.steps=3").out
+    last = kdcli("distill", "+recipe=tiny", "--cfg", "job", "run.steps=3", "-p", "run").out
+    assert first == last
+    assert yaml.safe_load(first)["steps"] == 3
+
+
+def test_another_option_drops_what_the_recipe_gave_its_own() -> None:
+    """tiny gives teacher.path to teacher=hf; NoTeacher takes none, and the user did not type it."""
+    assert composed("+recipe=tiny", "teacher=none")["teacher"] == {"_target_": "kdcli.teacher.none.NoTeacher"}
+    assert composed("+recipe=tiny", "optimizer=sgd")["optimizer"]["lr"] == 3e-3  # shared settings stay
+    typed = composed("+recipe=tiny", "teacher=none", "teacher.path=x")
+    assert typed["teacher"]["path"] == "x"  # typed, so it stays and is checked
+
+
+def test_objectives_are_added_swapped_and_removed_by_name() -> None:
+    config = composed(
+        "+recipe=quickstart", "objective@objective.kd=generalized_jsd", "objective.kd.beta=0.1", "~objective@objective.ce"
+    )
+    assert set(config["objective"]) == {"kd"}
+    assert config["objective"]["kd"]["_target_"].endswith("GeneralizedJSD")
+    assert config["objective"]["kd"]["beta"] == 0.1
+
+
+def test_a_recipe_of_a_recipe(kdcli, tmp_path: Path) -> None:
+    (tmp_path / "recipes/paper").mkdir(parents=True)
+    (tmp_path / "recipes/paper/big.yaml").write_text("# Bigger\ndefaults:\n  - /recipe/tiny\nrun: {steps: 7}\n")
+    config = yaml.safe_load(kdcli("distill", "+recipe=paper/big", "--cfg", "job").out)
+    assert config["run"]["steps"] == 7
+    assert config["teacher"]["path"] == "recipes://data/tiny_teacher"
+
+
+def test_config_dir_adds_options(kdcli, tmp_path: Path) -> None:
+    (tmp_path / "extra/teacher").mkdir(parents=True)
+    (tmp_path / "extra/teacher/mine.yaml").write_text("_target_: kdcli.teacher.none.NoTeacher\n")
+    result = kdcli("distill", "teacher=mine", "--config-dir", "extra", "--cfg", "job", "-p", "teacher")
+    assert yaml.safe_load(result.out) == {"_target_": "kdcli.teacher.none.NoTeacher"}
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"hydra": {"callbacks": {"x": {"_target_": "os.system"}}}},
+        {"hydra": {"launcher": {"_target_": "os.system"}}},
+        {"hydra": {"sweeper": {"_target_": "hydra_plugins/../os"}}},
+        {"hydra": {"sweeper": {"sampler": {"_target_": "os.system"}}}},
+        {"hydra": {"sweeper": {"custom_search_space": "os.system"}}},
+        {"hydra": {"job": {"env_set": {"KDCLI_PLUGINS": "evil"}}}},
+        {"hydra": {"job_logging": {"handlers": {"x": {"()": "os.system"}}}}},
+        {"hydra": {"hydra_logging": {"formatters": {"x": {"class": "evil.Formatter"}}}}},
+        {"hydra": {"help": {"_target_": "os.system"}}},
+        {"teacher": {"_target_": "os.system"}},
+        {"data": {"domains": [{"_target_": "pickle.loads"}]}},
+        {"teacher": {"api_key": "abc"}},
+    ],
+)
+def test_code_is_refused_wherever_it_hides(node: dict) -> None:
+    with pytest.raises(ConfigError):
+        refuse_code(node)
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+@pytest.mark.parametrize("sweeper", ["basic", "optuna"])
+def test_hydras_own_plugins_pass(launcher: str, sweeper: str) -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    assert composed("+recipe=tiny", f"hydra/launcher={launcher}", f"hydra/sweeper={sweeper}")["verb"] == "distill"
