@@ -119,8 +119,24 @@ def _locate(path: str, part: str, revision: str | None, trust: bool) -> tuple[st
             f"{path}: trust_remote_code=true runs the repository's code, so pin what you have read:"
             " revision=<the commit's 40 hexadecimal digits>"
         )
+    _ask_hub(path, revision)
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust}
     return path, options | ({"code_revision": revision} if trust else {})
+
+
+def _ask_hub(path: str, revision: str | None) -> None:
+    """Fail within seconds where a hub id is a mistyped folder or cannot be reached; transformers retries a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
+        return
+    try:
+        HfApi().model_info(path, revision=revision, timeout=10)
+    except Exception as error:  # the hub's own errors, and those of whatever HTTP library it uses
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"{path}: there is no such folder here, and the hub does not give a model of that name: {reason[:300]}"
+        ) from error
 
 
 def _refuse_pickles(path: str, where: str) -> None:
@@ -145,8 +161,7 @@ def _explained(path: str, what: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, ImportError, StrictDataclassError, SafetensorError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        offline = "; HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
-        raise ConfigError(f"{path}: its {what} cannot be loaded{offline}: {reason[:400]}") from error
+        raise ConfigError(f"{path}: its {what} cannot be loaded: {reason[:400]}") from error
 
 
 def _converted(file: Path, part: str) -> Path:

@@ -1,8 +1,12 @@
 """Models by name: what loads, what is refused, and GGUF converted once."""
 
+import os
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,13 +63,21 @@ def test_a_model_that_does_not_exist_is_named(path: str, load) -> None:
         load(path)
 
 
-def test_an_unreachable_hub_id_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub.constants as constants
+@pytest.mark.parametrize("error", [ConnectionError("no route"), OSError(), RuntimeError("HF_HUB_OFFLINE is set")])
+def test_a_hub_id_that_cannot_be_read_is_named_after_one_question(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = []
 
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="nobody/nothing: its model cannot be loaded; HF_HUB_OFFLINE is set"):
-        load_model("nobody/nothing")
+    def fails(self: Any, path: str, **_: Any) -> None:
+        questions.append(path)
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fails)
+    reason = str(error) or type(error).__name__
+    with pytest.raises(ConfigError, match=rf"^models/tiny: there is no such folder here, .*: {reason}$"):
+        load_model("models/tiny")
+    assert questions == ["models/tiny"]
 
 
 def test_missing_weights_are_refused(folder: str) -> None:
@@ -227,3 +239,22 @@ def test_packaged_model_equals_what_transformers_loads() -> None:
     prompt = tokenizer(text, return_tensors="pt", add_special_tokens=False)
     answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt.input_ids.shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_a_hub_id_loads_from_the_local_cache_without_a_network(tmp_path: Path) -> None:
+    """Also at a pinned commit; in a process of its own, because the hub's library reads its settings at import."""
+    commit = "0123456789" * 4
+    home = tmp_path / "models--owner--name"
+    families.folder(home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    code = (
+        "from kdcli.store.models import load_model, load_tokenizer\n"
+        f"for revision in (None, {commit!r}):\n"
+        "    load_tokenizer('owner/name', revision=revision)\n"
+        "    print(load_model('owner/name', revision=revision).config.num_hidden_layers)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path), "PYTHONPATH": "."}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["4", "4"]
