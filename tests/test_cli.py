@@ -14,7 +14,9 @@ from kdcli.errors import ConfigError, DataError, Interrupted, KDError, NumericsE
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "hydra", "omegaconf", "numpy")
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["--version"], ["ls"], ["ls", "objective"], ["copy", "--help"], ["nope"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["--version"], ["ls"], ["ls", "objective"], ["copy", "--help"], ["nope"]]
+)
 def test_quick_answers_import_nothing_heavy(arguments: list[str]) -> None:
     script = (
         "import sys; from kdcli.cli import main; main(sys.argv[1:]);"
@@ -50,7 +52,13 @@ def test_every_verb_explains_itself(kdcli, verb: str) -> None:
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(KDError("x"), 1), (ConfigError("x"), 2), (DataError("x"), 3), (NumericsError("x"), 4), (Interrupted(15, "x"), 143)],
+    [
+        (KDError("x"), 1),
+        (ConfigError("x"), 2),
+        (DataError("x"), 3),
+        (NumericsError("x"), 4),
+        (Interrupted(15, "x"), 143),
+    ],
 )
 def test_an_error_of_ours_is_one_line_and_its_exit_code(
     error: KDError, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -52,6 +52,7 @@ def start(config: dict[str, Any], *, overrides: Sequence[str], timed: bool = Fal
     config["run"]["dir"] = str(folder.path)
     with _lock(folder.path, config):
         write(folder.path, config, overrides)
+    print(f"run: {folder.path}", flush=True)
     launcher = build(config["launch"], Launcher)
     return launcher(folder.path, isolate=isolate)
 

@@ -31,7 +31,8 @@ class Pretend(Launcher):
         with open(run_dir.parent / "launched", "a") as file:
             file.write(f"{run_dir.name} {isolate}\\n")
         if lr == self.fail_at_lr:
-            status.write(run_dir, "failed", step=1, steps=steps, resumable=False, exit_code=self.exit_code, reason="NaN at step 1")
+            facts = {"step": 1, "steps": steps, "resumable": False, "exit_code": self.exit_code}
+            status.write(run_dir, "failed", **facts, reason="NaN at step 1")
             return self.exit_code
         log = MetricsLog(run_dir)
         log.append(steps, {"loss/total": lr * 2, "eval/heldout/all/kl": lr})

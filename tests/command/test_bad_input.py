@@ -16,7 +16,10 @@ BAD = {
         (*TINY, "+objective.kd.temprature=2"),
         "objective.kd.temprature: ForwardKL has no such setting; did you mean objective.kd.temperature?",
     ),
-    "unknown section": ((*TINY, "+optimiser=x"), "optimiser: `kdcli distill` has no such section; did you mean optimizer?"),
+    "unknown section": (
+        (*TINY, "+optimiser=x"),
+        "optimiser: `kdcli distill` has no such section; did you mean optimizer?",
+    ),
     "unknown option": ((*TINY, "teacher=hg"), "teacher=hg: the group teacher has no such option; there is hf, none"),
     "unknown term option": ((*TINY, "objective@objective.kd=reverse_lk"), "did you mean reverse_kl?"),
     "unknown term": ((*TINY, "objective@objective.x=cross_entropy"), "write +objective@objective.x="),

@@ -48,7 +48,10 @@ def test_another_option_drops_what_the_recipe_gave_its_own() -> None:
 
 def test_objectives_are_added_swapped_and_removed_by_name() -> None:
     config = composed(
-        "+recipe=quickstart", "objective@objective.kd=generalized_jsd", "objective.kd.beta=0.1", "~objective@objective.ce"
+        "+recipe=quickstart",
+        "objective@objective.kd=generalized_jsd",
+        "objective.kd.beta=0.1",
+        "~objective@objective.ce",
     )
     assert set(config["objective"]) == {"kd"}
     assert config["objective"]["kd"]["_target_"].endswith("GeneralizedJSD")

@@ -36,7 +36,16 @@ def test_the_table_has_a_row_per_job_and_what_changed(kdcli, pretend) -> None:
     result = kdcli("distill", *pretend, *swept, "-m")
     assert result.code == 0
     table = result.out[result.out.rindex("4 jobs in") :].splitlines()
-    assert table[1].split() == ["job", "objective.kd", "optimizer.lr", "state", "step", "loss/total", "eval/heldout/all/kl", "folder"]
+    assert table[1].split() == [
+        "job",
+        "objective.kd",
+        "optimizer.lr",
+        "state",
+        "step",
+        "loss/total",
+        "eval/heldout/all/kl",
+        "folder",
+    ]
     assert table[2].split()[:7] == ["0", "forward_kl", "0.1", "done", "2", "0.2", "0.1"]
     assert table[5].split()[:7] == ["3", "reverse_kl", "0.2", "done", "2", "0.4", "0.2"]
 
@@ -110,7 +119,12 @@ def test_optuna_improves_the_metric_that_optimize_names(kdcli, pretend) -> None:
 @pytest.mark.slow
 def test_the_same_search_skips_what_is_done(kdcli, pretend) -> None:
     pytest.importorskip("optuna")
-    sweeper = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "optimizer.lr=interval(0.1,0.9)", "optimize=loss/total"]
+    sweeper = [
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.n_trials=3",
+        "optimizer.lr=interval(0.1,0.9)",
+        "optimize=loss/total",
+    ]
     for _ in range(2):
         assert kdcli("distill", *pretend, *sweeper, "-m").code == 0
         assert len(launched()) == 3
