@@ -1,42 +1,21 @@
-"""The interface of token objectives that compare two distributions: temperature, T squared and support, once."""
+"""The interface of divergences of the teacher's and the student's distribution, on the vocabulary or on top-k."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Literal
 
 from torch import Tensor
 
-from kdcli.api import Batch, Need, Objective, StudentOutput, TeacherSignal
+from kdcli.api import Batch, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
+from kdcli.objective._tempered import TemperatureScale, Tempered
 from kdcli.ops.support import on_support
 
-TemperatureScale = Literal["none", "t2"]
+__all__ = ["Divergence", "TemperatureScale"]
 
 
-class Divergence(Objective):
-    """D(p, q) per target with p = softmax(y / T), q = softmax(z / T), on the vocabulary or a sparse support.
-
-    `temperature_scale`: `t2` multiplies value and gradient by T squared (Hinton et al. 2015, so that the gradient's
-    size does not depend on T); `none` leaves both alone. Raises ConfigError if the temperature is not positive.
-    """
-
-    needs = Need.DISTRIBUTION
-
-    def __init__(
-        self,
-        *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
-        temperature: float = 1.0,
-        temperature_scale: TemperatureScale = "none",
-    ) -> None:
-        super().__init__(weight=weight, domains=domains)
-        if not temperature > 0:
-            raise ConfigError(f"{type(self).__name__}: temperature is {temperature}; set a number above 0")
-        self.temperature = temperature
-        self.scale = temperature**2 if temperature_scale == "t2" else 1.0
+class Divergence(Tempered):
+    """D(p, q) per target, where a sparse teacher's p and q are over its K ids and "the rest"."""
 
     @abstractmethod
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -64,9 +43,4 @@ class Divergence(Objective):
         if log_p is None:
             return None
         result = self.divergence_gradient(*on_support(student.log_q(self.temperature), log_p=log_p))
-        if result is None:
-            return None
-        value, gradient = result
-        if self.scale == 1.0 and self.temperature == 1.0:
-            return value, gradient
-        return value * self.scale, gradient.mul_(self.scale / self.temperature)
+        return None if result is None else self.scaled(*result)

@@ -11,6 +11,8 @@ from kdcli.ops import divergence
 class ForwardKL(Divergence):
     """sum_v p (log p - log q): the full divergence, zero at p = q (not the cross-entropy some call KL)."""
 
+    f_divergence = True
+
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return divergence.forward_kl(log_p, log_q)
 

@@ -18,6 +18,8 @@ class GeneralizedJSD(Divergence):
     strictly between 0 and 1: raises ConfigError, naming forward_kl and reverse_kl.
     """
 
+    f_divergence = True
+
     def __init__(
         self,
         *,

@@ -11,6 +11,8 @@ from kdcli.ops import divergence
 class ReverseKL(Divergence):
     """sum_v q (log q - log p): exact over the vocabulary, not a sampled estimate."""
 
+    f_divergence = True
+
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return divergence.reverse_kl(log_p, log_q)
 

@@ -10,6 +10,7 @@ z, where log_q = log_softmax(z): q * (g - <q, g>) with g = d value / d q.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,6 +44,31 @@ def reverse_kl_gradient(log_p: Tensor, log_q: Tensor) -> ValueAndGradient:
     return value, terms.sub_(q.mul_(value.unsqueeze(-1)))
 
 
+def symmetric_kl(log_p: Tensor, log_q: Tensor, forward_weight: float = 0.5) -> Tensor:
+    """w KL(p || q) + (1 - w) KL(q || p), w = `forward_weight`."""
+    return forward_weight * forward_kl(log_p, log_q) + (1 - forward_weight) * reverse_kl(log_p, log_q)
+
+
+def symmetric_kl_gradient(log_p: Tensor, log_q: Tensor, forward_weight: float = 0.5) -> ValueAndGradient:
+    """w (q - p) + (1 - w) q (log q - log p - KL(q || p))."""
+    return _mixed_kls(log_p, log_q, forward_weight)
+
+
+def adaptive_kl(log_p: Tensor, log_q: Tensor, mu: float = 0.5) -> Tensor:
+    """w KL(p || q) + (1 - w) KL(q || p), w = the head's share of |p - q|, held fixed (no gradient through it).
+
+    AKL, arXiv:2404.02657: the head is the likeliest ids of p while their sum is at most `mu`, and always the first.
+    At p = q, where the share is 0 / 0, w = 1/2.
+    """
+    weight = _head_share(log_p.detach(), log_q.detach(), mu)
+    return weight * forward_kl(log_p, log_q) + (1 - weight) * reverse_kl(log_p, log_q)
+
+
+def adaptive_kl_gradient(log_p: Tensor, log_q: Tensor, mu: float = 0.5) -> ValueAndGradient:
+    """w (q - p) + (1 - w) q (log q - log p - KL(q || p)) with w held fixed."""
+    return _mixed_kls(log_p, log_q, _head_share(log_p, log_q, mu).unsqueeze(-1))
+
+
 def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1: beta weights the teacher.
 
@@ -59,11 +85,181 @@ def generalized_jsd_gradient(log_p: Tensor, log_q: Tensor, beta: float = 0.5) ->
     return beta * of_teacher + (1 - beta) * of_student, gradient.mul_(1 - beta)
 
 
+def skew_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(p || m) with m = alpha p + (1 - alpha) q, 0 <= alpha < 1: alpha is the teacher's share of the mixture.
+
+    DistiLLM, arXiv:2402.03898. KL(p || q) at alpha = 0."""
+    return forward_kl(log_p, _log_mixture(log_p, log_q, alpha))
+
+
+def skew_kl_gradient(log_p: Tensor, log_q: Tensor, alpha: float = 0.1) -> ValueAndGradient:
+    """(1 - alpha) (q <p, q / m> - p q / m)."""
+    log_m = _log_mixture(log_p, log_q, alpha)
+    value = torch.linalg.vecdot(log_p.exp(), log_p - log_m)
+    falling = (log_p + log_q).sub_(log_m).exp_().mul_(1 - alpha)  # -q g, [..., S]
+    total = falling.sum(-1, keepdim=True)
+    return value, log_q.exp().mul_(total).sub_(falling)
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, alpha: float = 0.1, detach_mixture: bool = False) -> Tensor:
+    """KL(q || m) with m = (1 - alpha) p + alpha q, 0 <= alpha < 1: alpha is the student's share of the mixture.
+
+    DistiLLM, arXiv:2402.03898; KL(q || p) at alpha = 0. `detach_mixture` holds m fixed (DistiLLM-2)."""
+    log_m = _log_mixture(log_q, log_p, alpha)
+    return forward_kl(log_q, log_m.detach() if detach_mixture else log_m)
+
+
+def skew_reverse_kl_gradient(
+    log_p: Tensor, log_q: Tensor, alpha: float = 0.1, detach_mixture: bool = False
+) -> ValueAndGradient:
+    """q (g - <q, g>) with g = log q - log m - alpha q / m; the last part is what `detach_mixture` drops."""
+    log_m = _log_mixture(log_q, log_p, alpha)
+    q = log_q.exp()
+    slope = log_q - log_m
+    value = torch.linalg.vecdot(q, slope)
+    if alpha and not detach_mixture:
+        slope -= (slope + math.log(alpha)).exp_()
+    return value, slope.sub_(torch.linalg.vecdot(q, slope).unsqueeze(-1)).mul_(q)
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """1/2 sum |p - q|, in [0, 1]; its slope at p_v = q_v is 0."""
+    return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+
+
+def total_variation_gradient(log_p: Tensor, log_q: Tensor) -> ValueAndGradient:
+    """1/2 q (sign(q - p) - <q, sign(q - p)>)."""
+    q = log_q.exp()
+    difference = q - log_p.exp()
+    value = 0.5 * difference.abs().sum(-1)
+    sign = difference.sign_()
+    return value, sign.sub_(torch.linalg.vecdot(q, sign).unsqueeze(-1)).mul_(q).mul_(0.5)
+
+
+def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
+    """-1 / (alpha beta) sum [p^a q^b - a / (a + b) p^(a + b) - b / (a + b) q^(a + b)], with its limits at 0.
+
+    ABKD, arXiv:2505.04560, after Cichocki et al. 2011. (1, 0) is KL(p || q), (0, 1) is KL(q || p), and (0, 0) is
+    1/2 sum (log p - log q)^2. Every term is e^((a + b) max(log p, log q)) times a second difference of
+    f_x(d) = (e^(x d) - 1) / x at d = -|log p - log q|: no cancellation at p = q, no overflow for a, b >= 0.
+    """
+    gap = -(log_p - log_q).abs()
+    below = _slope_difference(gap, alpha, beta)  # where p <= q
+    above = _slope_difference(gap, beta, alpha)
+    lead = ((alpha + beta) * torch.maximum(log_p, log_q)).exp()
+    return (lead * torch.where(log_p <= log_q, below, above)).sum(-1)
+
+
+def alpha_beta_gradient(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> ValueAndGradient:
+    """q g - q <1, q g> with q g = -(p^a q^b - q^(a + b)) / a, and q^b (log q - log p) at a = 0."""
+    ratio = log_p - log_q
+    lead = torch.where(ratio <= 0, (alpha + beta) * log_q, alpha * log_p + beta * log_q).exp_()
+    slope = lead.mul_(_exp_slope(-ratio.abs(), alpha)).mul_(ratio.sign_())  # q g, [..., S]
+    total = slope.sum(-1, keepdim=True)
+    return alpha_beta(log_p, log_q, alpha, beta), slope.sub_(log_q.exp().mul_(total))
+
+
+def logit_mse(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """Mean squared difference of logits, each centred over the vocabulary: the variance of log p - log q over S."""
+    return (log_p - log_q).var(-1, correction=0)
+
+
+def logit_mse_gradient(log_p: Tensor, log_q: Tensor) -> ValueAndGradient:
+    """2 / S of the centred difference."""
+    difference = log_q - log_p
+    difference -= difference.mean(-1, keepdim=True)
+    return difference.square().mean(-1), difference.mul_(2 / difference.shape[-1])
+
+
+def decoupled_kl(
+    log_p: Tensor, log_q: Tensor, targets: Tensor, target_weight: float = 1.0, other_weight: float = 8.0
+) -> Tensor:
+    """a KL of (target, not target) + b KL among the other ids; targets [...] are indices into S.
+
+    DKD, arXiv:2203.08679, eq. 7. KL(p || q) is the sum with a = 1 and b = 1 - p_target.
+    """
+    one, other = _decoupled(log_p, targets), _decoupled(log_q, targets)
+    binary = forward_kl(one.binary, other.binary)
+    ratio = (one.others - other.others).masked_fill(one.is_target, 0.0)  # -inf - -inf at the target itself
+    return target_weight * binary + other_weight * (one.others.exp() * ratio).sum(-1)
+
+
+def decoupled_kl_gradient(
+    log_p: Tensor, log_q: Tensor, targets: Tensor, target_weight: float = 1.0, other_weight: float = 8.0
+) -> ValueAndGradient:
+    """a (q_t - p_t) at the target, and b (q' - p') - a (q_t - p_t) q' elsewhere, ' renormalised without the target."""
+    one, other = _decoupled(log_p, targets), _decoupled(log_q, targets)
+    value = decoupled_kl(log_p, log_q, targets, target_weight, other_weight)
+    # of q_t - p_t and (1 - p_t) - (1 - q_t), whichever has the smaller numbers cancels less
+    p, q = one.binary.exp(), other.binary.exp()
+    moved = torch.where(p[..., 0] < 0.5, q[..., 0] - p[..., 0], p[..., 1] - q[..., 1]).unsqueeze(-1).mul_(target_weight)
+    gradient = other.others.exp().mul_(other_weight - moved).sub_(one.others.exp(), alpha=other_weight)
+    return value, gradient.scatter_(-1, targets.unsqueeze(-1), moved)
+
+
 def entropy(log_p: Tensor) -> Tensor:
     """-sum p log p in nats."""
     return -(log_p.exp() * log_p).sum(-1)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """log(share p + (1 - share) q) without leaving log space."""
+    """log(share p + (1 - share) q) without leaving log space, 0 <= share < 1."""
+    if share == 0:
+        return log_q
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+def _mixed_kls(log_p: Tensor, log_q: Tensor, forward_weight: Tensor | float) -> ValueAndGradient:
+    """w KL(p || q) + (1 - w) KL(q || p) and its gradient; w is a number or [..., 1]."""
+    forward, gradient = forward_kl_gradient(log_p, log_q)
+    reverse, reverse_gradient = reverse_kl_gradient(log_p, log_q)
+    gradient.mul_(forward_weight).add_(reverse_gradient.mul_(1 - forward_weight))
+    weight = forward_weight.squeeze(-1) if isinstance(forward_weight, Tensor) else forward_weight
+    return weight * forward + (1 - weight) * reverse, gradient
+
+
+def _head_share(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
+    """Share of sum |p - q| that lies on the head of p, [...]; 1/2 where p = q."""
+    p, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
+    gap = (p - log_q.gather(-1, order).exp()).abs()
+    head = p.cumsum(-1) <= mu
+    head[..., 0] = True
+    total = gap.sum(-1)
+    return torch.where(total > 0, (gap * head).sum(-1) / total, 0.5)
+
+
+def _exp_slope(d: Tensor, x: float) -> Tensor:
+    """(e^(x d) - 1) / x, which is d at x = 0."""
+    return d if x == 0 else torch.expm1(x * d) / x
+
+
+def _slope_difference(d: Tensor, a: float, b: float) -> Tensor:
+    """(f_(a + b)(d) - f_a(d)) / b with f = _exp_slope; at b = 0 the derivative of f_a(d) by a."""
+    steepest = max(abs(a), abs(a + b))
+    if steepest == 0 or (abs(b) < 1e-4 and a == -b / 2):
+        return 0.5 * d.square()
+    if abs(b) < 1e-4:  # float32 would lose the difference; the derivative half-way errs by its square
+        x = a + b / 2
+        far = ((x * d - 1) * (x * d).exp() + 1) / x**2
+    else:
+        far = (_exp_slope(d, a + b) - _exp_slope(d, a)) / b
+    near = d.clamp(min=-0.25 / steepest)  # where far is a difference of equals: sum of c_k d^k / k!, k from 2
+    series = torch.zeros_like(d)
+    for k in range(9, 1, -1):
+        coefficient = sum((a + b) ** i * a ** (k - 2 - i) for i in range(k - 1)) / math.factorial(k)
+        series = series * near + coefficient
+    return torch.where(near == d, series * near.square(), far)
+
+
+class _Decoupled(NamedTuple):
+    binary: Tensor  # [..., 2] log-probabilities of the target, and of all else
+    others: Tensor  # [..., S] log-probabilities given that it is not the target, -inf at the target
+    is_target: Tensor  # [..., S] bool
+
+
+def _decoupled(logprobs: Tensor, targets: Tensor) -> _Decoupled:
+    index = targets.unsqueeze(-1)
+    is_target = torch.zeros_like(logprobs, dtype=torch.bool).scatter_(-1, index, True)
+    others = logprobs.masked_fill(is_target, -math.inf)
+    rest = others.logsumexp(-1, keepdim=True)  # and not log(1 - p_target), which is lost where p_target rounds to 1
+    return _Decoupled(torch.cat([logprobs.gather(-1, index), rest], -1), others - rest, is_target)

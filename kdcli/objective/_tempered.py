@@ -1,0 +1,61 @@
+"""The interface of token objectives that read two distributions at a temperature: T and T squared, once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from kdcli.api import Need, Objective, TeacherSignal
+from kdcli.errors import ConfigError
+
+TemperatureScale = Literal["none", "t2"]
+
+
+class Tempered(Objective):
+    """A loss of p = softmax(y / T) and q = softmax(z / T).
+
+    `temperature_scale`: `t2` multiplies value and gradient by T squared (Hinton et al. 2015, so that the gradient's
+    size does not depend on T); `none` leaves both alone. Raises ConfigError if the temperature is not positive.
+
+    What a subclass says of itself here, `kdcli verify` holds it to.
+    """
+
+    needs = Need.DISTRIBUTION
+    zero_at_teacher: ClassVar[bool] = True  # value and gradient vanish at q = p, and no value is below 0
+    f_divergence: ClassVar[bool] = False  # sum q f(p / q): merging ids never raises it, so top-k bounds it from below
+    stops_gradient: bool = False  # detached parts inside: the gradient is that of the value with those held fixed
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        domains: Sequence[str] = (),
+        temperature: float = 1.0,
+        temperature_scale: TemperatureScale = "none",
+    ) -> None:
+        super().__init__(weight=weight, domains=domains)
+        if not temperature > 0:
+            raise ConfigError(f"{type(self).__name__}: temperature is {temperature}; set a number above 0")
+        self.temperature = temperature
+        self.scale = temperature**2 if temperature_scale == "t2" else 1.0
+
+    def dense_log_p(self, teacher: TeacherSignal) -> Tensor:
+        """log p over the whole vocabulary, [1, C, V]. Raises ConfigError for a teacher that gives top-k only."""
+        log_p = teacher.log_p(self.temperature)
+        if log_p is None:
+            raise ConfigError(
+                f"{type(self).__name__} needs the teacher's logits of the whole vocabulary, but this teacher gives "
+                "its top-k only; set teacher=hf, or choose forward_kl"
+            )
+        return log_p
+
+    def scaled(self, value: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Value and gradient with respect to z / T -> value and gradient with respect to z, with T squared if asked.
+
+        `gradient` is changed in place.
+        """
+        if self.scale == 1.0 and self.temperature == 1.0:
+            return value, gradient
+        return value * self.scale, gradient.mul_(self.scale / self.temperature)

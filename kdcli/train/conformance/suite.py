@@ -1,0 +1,103 @@
+"""All checks in order, and their results for one objective."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kdcli.train.conformance import gradients, steps, values
+from kdcli.train.conformance.candidate import Candidate, Measure, NotApplicable
+
+Check = Callable[[Candidate], Measure]
+
+CHECKS: tuple[Check, ...] = (
+    values.one_number_per_target,
+    values.targets_are_independent,
+    values.equals_oracle,
+    values.zero_at_teacher,
+    values.positive_elsewhere,
+    gradients.finite_differences,
+    gradients.closed_form_is_autograd,
+    values.vocabulary_order,
+    values.logit_offset,
+    values.temperature_divides_both_logits,
+    values.t2_scales_value_and_gradient,
+    values.saturated_logits,
+    values.float32,
+    values.sparse_teacher,
+    values.top_k_bound,
+    values.continuous_in_settings,
+    values.weight_and_domains_are_left_alone,
+    values.inputs_stay_as_they_are,
+    values.state_is_restored,
+    steps.chunks_do_not_matter,
+    steps.chunked_is_dense,
+    steps.micro_batches_do_not_matter,
+    steps.ranks_do_not_matter,
+    steps.packing_does_not_matter,
+    steps.masked_targets_do_not_matter,
+    steps.nothing_to_train_on,
+    steps.padded_vocabulary,
+    steps.bfloat16,
+    steps.loss_falls,
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One check of one objective: passed, failed, or (with a reason in `note`) not applicable."""
+
+    check: str
+    claim: str
+    error: float = 0.0
+    bound: float = 0.0
+    applies: bool = True
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.applies and self.error <= self.bound  # false for a NaN
+
+    @property
+    def failed(self) -> bool:
+        return self.applies and not self.passed
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the suite found for one objective."""
+
+    objective: str
+    outcomes: tuple[Outcome, ...]
+    seconds: float
+
+    @property
+    def failures(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.failed]
+
+
+def run(candidate: Candidate) -> Verdict:
+    """Every check on one objective. A check that raises has failed, and its note is the error."""
+    begin = time.perf_counter()
+    reason = candidate.unsupported()
+    outcomes = [outcome_of(check, candidate) for check in CHECKS] if reason is None else []
+    if reason is not None:
+        outcomes = [Outcome("suite", "checks of losses per target", applies=False, note=reason)]
+    return Verdict(candidate.name, tuple(outcomes), time.perf_counter() - begin)
+
+
+def outcome_of(check: Check, candidate: Candidate) -> Outcome:
+    """One check; random numbers are the same for every check and leave the caller's generator alone."""
+    name, claim = getattr(check, "__name__", str(check)), (check.__doc__ or "").strip()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            measure = check(candidate)
+    except NotApplicable as reason:
+        return Outcome(name, claim, applies=False, note=str(reason))
+    except Exception as error:
+        return Outcome(name, claim, error=float("inf"), note=f"{type(error).__name__}: {error}")
+    return Outcome(name, claim, measure.error, measure.bound)
