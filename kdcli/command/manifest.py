@@ -46,8 +46,8 @@ def licence(path: str) -> str:
     """What a model or data set says of its own licence: the package's metadata, the model card, a file beside it."""
     if path.startswith(paths.PACKAGED):
         about = metadata.metadata(path.removeprefix(paths.PACKAGED).partition("/")[0])
-        stated = [about.get(key) for key in ("License-Expression", "License")]
-        return next((s.splitlines()[0] for s in stated if s), "unknown")
+        stated = [about[key] for key in ("License-Expression", "License") if key in about]
+        return next((text.splitlines()[0] for text in stated if text), "unknown")
     place = paths.resolve(path)
     card = place / "README.md"
     if card.is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import traceback
@@ -67,7 +68,7 @@ def _searched(master: DictConfig) -> list[str]:
 
     if not master.get("optimize"):
         raise ConfigError("optimize: a search needs the metric to improve; add optimize=eval/heldout/all/kl or another")
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(logging.WARNING)
     sampler = master.hydra.sweeper.get("sampler") or {}
     return [f"hydra.sweeper.sampler.seed={master.run.seed}"] if sampler.get("seed", 0) is None else []
 

@@ -23,7 +23,7 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     if refused:
         return found
     found += _needs(config, objects) + _student(config) + _domains(objects)
-    return found or _tokenizers(config, objects)
+    return found or _hub_models(config, objects) or _tokenizers(config, objects)
 
 
 def _batch(config: Mapping[str, Any]) -> list[str]:
@@ -182,6 +182,16 @@ def _domains(objects: Mapping[str, Any]) -> list[str]:
                 if name not in known
             ]
     _caught(lambda: objects["domain_scheduler"].initial(dict.fromkeys(known, 1)), "domain_scheduler", problems)
+    return problems
+
+
+def _hub_models(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
+    """A model that is not on this disk must be on the hub: its tokenizer is asked for, which is small."""
+    problems: list[str] = []
+    for section in ("teacher", "student"):
+        path = (config.get(section) or {}).get("path")
+        if isinstance(path, str) and "://" not in path and not Path(expand(path)).expanduser().exists():
+            _caught(objects[section].load_tokenizer, section, problems)
     return problems
 
 

@@ -33,7 +33,9 @@ def cache() -> Path:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except (OSError, RuntimeError) as error:
-        raise ConfigError(f"the cache folder {folder} cannot be made ({error}); set KDCLI_CACHE to a folder you may write") from error
+        raise ConfigError(
+            f"the cache folder {folder} cannot be made ({error}); set KDCLI_CACHE to a folder you may write"
+        ) from error
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"the cache folder {folder} is read-only; set KDCLI_CACHE to a folder you may write")
     return folder

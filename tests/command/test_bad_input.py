@@ -44,6 +44,11 @@ BAD = {
     "missing package": ((*TINY, "teacher.path=package://no-such-package/x.gguf"), "pip install"),
     "missing held-out data": ((*TINY, "evaluation.heldout.data.path=nowhere"), "nowhere"),
     "missing model": ((*TINY, "teacher.path=./nowhere"), "teacher.path: there is no file or folder"),
+    "missing hub model": ((*TINY, "teacher.path=no-such/model"), "teacher: no-such/model: "),
+    "missing student": (
+        ("evaluate", "student.path=a", "evaluation.heldout.data.path=recipes://data/mini/valid"),
+        "a: ",
+    ),
     "batch arithmetic": ((*TINY, "batch.size=6", "batch.micro_size=4"), "set batch.size=8, or batch.micro_size=3"),
     "needs": ((*TINY, "teacher=none"), "objective.kd: ForwardKL needs the teacher's distribution"),
     "no objective": ((*TINY, "~objective@objective.kd"), "add objective@objective.kd=forward_kl"),
