@@ -21,8 +21,9 @@ def show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         title=f"{len(rows)} jobs in {folder}", title_justify="left", box=None, padding=(0, 1), header_style="bold"
     )
     keys, columns = changed(rows), _metric_columns(rows)
-    for name in ("job", *map(_short, keys), "state", "step", *columns, "folder"):
-        right = name in ("job", "step", *columns)
+    headings = [_heading(column) for column in columns]
+    for name in ("job", *map(_short, keys), "state", "step", *headings, "folder"):
+        right = name in ("job", "step", *headings)
         table.add_column(escape(name), justify="right" if right else "left", overflow="fold")
     for row in rows:
         given = _given(row)
@@ -55,13 +56,20 @@ def _given(row: Mapping[str, Any]) -> dict[str, str]:
 def _metric_columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The total loss, and what evaluations say of all domains together."""
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    pooled = [name for name in names if name.startswith("eval/") and "/all/" in name and not name.endswith("/tokens")]
+    pooled = [
+        n for n in names if n.startswith("eval/") and "/all/" in n and not n.endswith(("/tokens", "/teacher_ppl"))
+    ]
     return [name for name in names if name == "loss/total"] + pooled[: MOST_METRICS - 1]
 
 
 def _short(key: str) -> str:
     """objective@objective.kd -> objective.kd."""
     return key.rpartition("@")[2]
+
+
+def _heading(metric: str) -> str:
+    """eval/heldout/all/ppl -> heldout ppl, since every column is of all domains together."""
+    return metric.removeprefix("eval/").replace("/all/", " ")
 
 
 def _rounded(text: str) -> str:

@@ -43,7 +43,8 @@ def test_the_table_has_a_row_per_job_and_what_changed(kdcli, pretend) -> None:
         "state",
         "step",
         "loss/total",
-        "eval/heldout/all/kl",
+        "heldout",
+        "kl",
         "folder",
     ]
     assert table[2].split()[:7] == ["0", "forward_kl", "0.1", "done", "2", "0.2", "0.1"]
