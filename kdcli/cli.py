@@ -14,6 +14,7 @@ VERBS = {  # verb -> what it does; its module is kdcli.command.VERB
     "distill": "train a student from a teacher, evaluate and export it",
     "evaluate": "score a model or the student of a run",
     "resume": "go on with a run from its own config",
+    "verify": "test objectives against their formulas, and print what was measured",
     "ls": "list recipes, config groups and their options",
     "copy": "copy a recipe to a file of your own",
 }

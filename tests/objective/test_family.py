@@ -70,13 +70,3 @@ def test_refuses_a_temperature_that_is_not_positive(path: Path) -> None:
     for temperature in (0.0, -1.0):
         with pytest.raises(ConfigError, match="temperature is"):
             build(path, temperature=temperature)
-
-
-@every_objective
-def test_the_yaml_repeats_the_constructors_defaults(path: Path) -> None:
-    kind, settings = parts(path)
-    plain = kind()
-    for name, given in settings.items():
-        default = getattr(plain, name, given)
-        assert (list(default) if isinstance(default, tuple) else default) == given, name
-    assert build(path).__dict__.get("scale") == plain.__dict__.get("scale")

@@ -45,16 +45,15 @@ class Candidate:
     oracle: Oracle | None = None  # the formula, independently written
 
     @classmethod
-    def of(cls, kind: Callable[..., Objective], *, name: str = "", make: Any = None, **settings: Any) -> Candidate:
+    def of(cls, kind: type[Objective], *, name: str = "", make: Any = None, **settings: Any) -> Candidate:
         """A candidate of a class. Its oracle is the one of kdcli.train.conformance.oracles with the name of its
         module, or, for a class from elsewhere, its static method `oracle`, if it has one."""
-        defaults = {n: p.default for n, p in inspect.signature(kind).parameters.items() if p.default is not p.empty}
         module = kind.__module__
         known = getattr(oracles, module.rpartition(".")[2], None) if module.startswith("kdcli.objective.") else None
         return cls(
             name=name or kind.__name__,
             make=make or partial(kind, **settings),
-            settings={**defaults, **settings},
+            settings={**_defaults(kind), **settings},
             oracle=getattr(kind, "oracle", known),
         )
 
@@ -101,6 +100,18 @@ class Candidate:
         return f"it needs the teacher's {str(other.name).lower()}" if other else None
 
 
+def _defaults(kind: type) -> dict[str, Any]:
+    """The settings of a constructor, and those that it hands on to its base as `**settings`."""
+    found: dict[str, Any] = {}
+    for base in kind.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            found |= {p.name: p.default for p in parameters if p.default is not p.empty and p.name not in found}
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+                break
+    return found
+
+
 @dataclass(frozen=True)
 class Chunk:
     """N targets as a token objective sees them: logits [1, N, V] of teacher and student."""
@@ -138,11 +149,15 @@ def chunk(*, seed: int = 5, targets: int = 9, vocab: int = 19, spread: float = 2
     generator = torch.Generator().manual_seed(seed)
     y, z = (spread * torch.randn(1, targets, vocab, generator=generator, dtype=torch.float64) for _ in range(2))
     ids = torch.randint(0, vocab, (1, targets + 1), generator=generator)
+    following = ids[:, 1:].clone()
+    third = targets // 3  # models are often sure of the target: of a third the teacher, of another the student
+    following[:, :third] = y[:, :third].argmax(-1)
+    following[:, third : 2 * third] = z[:, third : 2 * third].argmax(-1)
     everywhere = torch.ones(1, targets, dtype=torch.bool)
     return Chunk(
         Batch(
             input_ids=ids[:, :-1],
-            targets=ids[:, 1:],
+            targets=following,
             mask=everywhere,
             attention_mask=everywhere,
             segment=torch.zeros(1, targets, dtype=torch.int64),

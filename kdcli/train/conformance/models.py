@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kdcli.api import Batch, Need, Objective, Student, Teacher, TeacherSignal
 from kdcli.ops.head import Head
+from kdcli.train.conformance.candidate import distance
 from kdcli.train.distiller import Distiller
 
 VOCAB, PADDED = 17, 20  # real ids, and rows of the embeddings
@@ -79,9 +80,9 @@ def distiller(objectives: Terms, *, chunk: int | None = None, **student: Any) ->
     return Distiller(TinyStudent(**student), TinyTeacher(), terms, chunk)
 
 
-def batch(rows: int = 4, length: int = 10) -> Batch:
+def batch(rows: int = 4, length: int = 10, seed: int = 7) -> Batch:
     """Rows of different lengths with masked prompts, padded on the right."""
-    generator = torch.Generator().manual_seed(7)
+    generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (rows, length + 1), generator=generator)
     position = torch.arange(length)
     end = torch.tensor([length - i % 3 for i in range(rows)]).unsqueeze(1)
@@ -135,3 +136,12 @@ def step(model: Distiller, micro_batches: Sequence[Batch]) -> Tensor:
 
 def as_vector(loss: float, gradients: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([torch.tensor([loss]), *(g.float().flatten() for g in gradients if g is not None)])
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """The larger of two relative errors, each by its own largest number: of the loss, and of the gradients."""
+    errors = []
+    for part in (slice(0, 1), slice(1, None)):
+        size = float(other[part].abs().max().clamp(min=1e-6))
+        errors.append(distance(one[part] / size, other[part] / size))
+    return max(errors)

@@ -47,7 +47,7 @@ def equals_oracle(candidate: Candidate) -> Measure:
     if candidate.oracle is None:
         raise NotApplicable("no second formula is known; give the class a static method `oracle`")
     error = 0.0
-    for spread, changes in itertools.product((0.5, 2.0, 30.0, 1000.0), list(candidate.variants())):
+    for spread, changes in itertools.product((0.5, 2.0, 30.0, 1e4), list(candidate.variants())):
         at = chunk(spread=spread)
         expected = by_oracle(candidate, at, changes)
         if torch.isfinite(expected).all():
@@ -75,8 +75,9 @@ def positive_elsewhere(candidate: Candidate) -> Measure:
     for changes, spread in itertools.product(candidate.variants(), (0.01, 0.5, 2.0, 10.0)):
         at = chunk(seed=6)
         at = at.moved(z=at.y + spread * at.z)
+        lowest = -EXACT if changes else EXACT  # at the end of a setting's range it may be zero for all students
         for values, _ in by_every_path(candidate.make(**changes), at):
-            error = max(error, 1e-9 - float(values.nan_to_num(nan=-math.inf).min()))
+            error = max(error, lowest - float(values.nan_to_num(nan=-math.inf).min()))
     return Measure(error, 0.0)
 
 
