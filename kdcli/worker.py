@@ -35,6 +35,7 @@ from kdcli.errors import Interrupted, KDError
 from kdcli.launch import _lifeline
 from kdcli.store import atomic, failures, status
 from kdcli.store import log as run_log
+from kdcli.store.fault import fault
 from kdcli.store.lock import RunLock
 from kdcli.store.metrics import MetricsLog
 from kdcli.text.tokenize import encode
@@ -73,6 +74,8 @@ def main(run_dir: Path) -> int:
         except BaseException as error:
             if isinstance(error, SystemExit | GeneratorExit):
                 raise
+            if interrupt.received and not interrupt.deferred:
+                error = Interrupted(interrupt.received)  # whatever a library has made of it
             return _failed(run_dir, rank, error, owner=owner, launched=launched)
     return 0
 
@@ -91,6 +94,7 @@ def _distill(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> 
 
     tokenizer = student.load_tokenizer() or teacher.load_tokenizer()
     lengths = {key: batch[key] for key in ("max_length", "packing", "overflow")}
+    fault("data.prepare", rank=engine.rank)
     rows, counts = encode(build(config["data"], Data), tokenizer, **lengths)
     log.info("data: %s", counts)
     teacher.load(engine.device)

@@ -21,12 +21,12 @@ class Interrupt:
 
     def __init__(self) -> None:
         self.received = 0
-        self._deferred = False
+        self.deferred = False
         self._before: dict[signal.Signals, object] = {}
 
     def defer(self) -> None:
         """From now on only take note; the loop asks at the next boundary. Raises Interrupted if one came already."""
-        self._deferred = True
+        self.deferred = True
         if self.received:
             raise Interrupted(self.received)
 
@@ -45,5 +45,5 @@ class Interrupt:
         if self.received:
             os._exit(128 + number)
         self.received = number
-        if not self._deferred:
+        if not self.deferred:
             raise Interrupted(number)

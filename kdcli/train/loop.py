@@ -90,7 +90,7 @@ def train(run: Run) -> Path:
             _interrupt(run, here, stop.signal_number)
         if here.step >= run.steps or here.out_of_time:
             break
-        if run.save_every and here.step % run.save_every == 0 and here.step > here.saved:
+        if run.save_every and here.step % run.save_every == 0 and here.step > max(0, here.saved):
             _save(run, here)
         stop = _advance(run, here)
         if stop:
