@@ -42,6 +42,8 @@ Exit codes: 0 done, 1 failed, 2 wrong input, 3 data refused, 4 numbers broke dow
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code. A user's error is one paragraph on stderr, a bug is a traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Read when torch loads. Threads that spin while they wait for each other cost a busy machine three times the CPU.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return _dispatch(arguments)
     except KDError as error:

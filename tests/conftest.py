@@ -11,6 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; here torch may be loaded first
 os.environ["KDCLI_TESTING"] = "1"
 for name in ("KDCLI_PLUGINS", "KDCLI_FAULT", "KDCLI_TRACEBACK"):
     os.environ.pop(name, None)
