@@ -140,9 +140,11 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tenso
     """-1 / (alpha beta) sum [p^a q^b - a / (a + b) p^(a + b) - b / (a + b) q^(a + b)], with its limits at 0.
 
     ABKD, arXiv:2505.04560, after Cichocki et al. 2011. (1, 0) is KL(p || q), (0, 1) is KL(q || p), and (0, 0) is
-    1/2 sum (log p - log q)^2. Every term is e^((a + b) max(log p, log q)) times a second difference of
-    f_x(d) = (e^(x d) - 1) / x at d = -|log p - log q|: no cancellation at p = q, no overflow for a, b >= 0.
+    1/2 sum (log p - log q)^2. Near a limit, every term is e^((a + b) max(log p, log q)) times a second difference of
+    f_x(d) = (e^(x d) - 1) / x at d = -|log p - log q|, which does not cancel and does not overflow for a, b >= 0.
     """
+    if _far_from_limits(alpha, beta):
+        return _alpha_beta_parts(log_p, log_q, alpha, beta)[0]
     gap = -(log_p - log_q).abs()
     below = _slope_difference(gap, alpha, beta)  # where p <= q
     above = _slope_difference(gap, beta, alpha)
@@ -152,9 +154,14 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tenso
 
 def alpha_beta_gradient(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> ValueAndGradient:
     """q g - q <1, q g> with q g = -(p^a q^b - q^(a + b)) / a, and q^b (log q - log p) at a = 0."""
+    if _far_from_limits(alpha, beta):
+        value, cross, own = _alpha_beta_parts(log_p, log_q, alpha, beta)
+        slope = own.sub_(cross).div_(alpha)  # q g, [..., S]
+        total = slope.sum(-1, keepdim=True)
+        return value, slope.sub_(log_q.exp().mul_(total))
     ratio = log_p - log_q
     lead = torch.where(ratio <= 0, (alpha + beta) * log_q, alpha * log_p + beta * log_q).exp_()
-    slope = lead.mul_(_exp_slope(-ratio.abs(), alpha)).mul_(ratio.sign_())  # q g, [..., S]
+    slope = lead.mul_(_exp_slope(-ratio.abs(), alpha)).mul_(ratio.sign_())
     total = slope.sum(-1, keepdim=True)
     return alpha_beta(log_p, log_q, alpha, beta), slope.sub_(log_q.exp().mul_(total))
 
@@ -178,10 +185,7 @@ def decoupled_kl(
 
     DKD, arXiv:2203.08679, eq. 7. KL(p || q) is the sum with a = 1 and b = 1 - p_target.
     """
-    one, other = _decoupled(log_p, targets), _decoupled(log_q, targets)
-    binary = forward_kl(one.binary, other.binary)
-    ratio = (one.others - other.others).masked_fill(one.is_target, 0.0)  # -inf - -inf at the target itself
-    return target_weight * binary + other_weight * (one.others.exp() * ratio).sum(-1)
+    return _decoupled_value(_decoupled(log_p, targets), _decoupled(log_q, targets), target_weight, other_weight)
 
 
 def decoupled_kl_gradient(
@@ -189,7 +193,7 @@ def decoupled_kl_gradient(
 ) -> ValueAndGradient:
     """a (q_t - p_t) at the target, and b (q' - p') - a (q_t - p_t) q' elsewhere, ' renormalised without the target."""
     one, other = _decoupled(log_p, targets), _decoupled(log_q, targets)
-    value = decoupled_kl(log_p, log_q, targets, target_weight, other_weight)
+    value = _decoupled_value(one, other, target_weight, other_weight)
     # of q_t - p_t and (1 - p_t) - (1 - q_t), whichever has the smaller numbers cancels less
     p, q = one.binary.exp(), other.binary.exp()
     moved = torch.where(p[..., 0] < 0.5, q[..., 0] - p[..., 0], p[..., 1] - q[..., 1]).unsqueeze(-1).mul_(target_weight)
@@ -220,12 +224,33 @@ def _mixed_kls(log_p: Tensor, log_q: Tensor, forward_weight: Tensor | float) -> 
 
 def _head_share(log_p: Tensor, log_q: Tensor, mu: float) -> Tensor:
     """Share of sum |p - q| that lies on the head of p, [...]; 1/2 where p = q."""
-    p, order = log_p.exp().sort(dim=-1, descending=True, stable=True)
-    gap = (p - log_q.gather(-1, order).exp()).abs()
-    head = p.cumsum(-1) <= mu
+    p = log_p.exp()
+    gap = (p - log_q.exp()).abs_()
+    size = 128  # sorting the whole vocabulary costs several head matmuls, and heads are short
+    while True:
+        top, order = p.topk(min(size, p.shape[-1]), dim=-1)
+        reached = top.cumsum(-1)
+        if size >= p.shape[-1] or bool((reached[..., -1] > mu).all()):
+            break
+        size *= 8
+    head = reached <= mu
     head[..., 0] = True
     total = gap.sum(-1)
-    return torch.where(total > 0, (gap * head).sum(-1) / total, 0.5)
+    return torch.where(total > 0, (gap.gather(-1, order) * head).sum(-1) / total, 0.5)
+
+
+def _far_from_limits(alpha: float, beta: float) -> bool:
+    """Whether the formula as it stands loses no more than one digit to its divisions."""
+    return min(abs(alpha), abs(beta), abs(alpha + beta)) >= 0.1
+
+
+def _alpha_beta_parts(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula as it stands: value [...], p^a q^b and q^(a + b), both [..., S]."""
+    both = alpha + beta
+    cross, own = (alpha * log_p + beta * log_q).exp(), (both * log_q).exp()
+    teacher = (both * log_p).exp().sum(-1)
+    value = (alpha / both * teacher + beta / both * own.sum(-1) - cross.sum(-1)) / (alpha * beta)
+    return value, cross, own
 
 
 def _exp_slope(d: Tensor, x: float) -> Tensor:
@@ -255,6 +280,12 @@ class _Decoupled(NamedTuple):
     binary: Tensor  # [..., 2] log-probabilities of the target, and of all else
     others: Tensor  # [..., S] log-probabilities given that it is not the target, -inf at the target
     is_target: Tensor  # [..., S] bool
+
+
+def _decoupled_value(one: _Decoupled, other: _Decoupled, target_weight: float, other_weight: float) -> Tensor:
+    ratio = (one.others - other.others).masked_fill(one.is_target, 0.0)  # -inf - -inf at the target itself
+    among_others = (one.others.exp() * ratio).sum(-1)
+    return target_weight * forward_kl(one.binary, other.binary) + other_weight * among_others
 
 
 def _decoupled(logprobs: Tensor, targets: Tensor) -> _Decoupled:

@@ -166,6 +166,16 @@ def test_adaptive_weight_worked_out_by_hand() -> None:
         torch.testing.assert_close(d.adaptive_kl(log_p, log_q, mu), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("mu", [0.05, 0.5, 0.999])
+def test_adaptive_head_is_found_without_sorting_the_vocabulary(mu: float) -> None:
+    """Heads of one id, of some, and of more than the 128 and 1,024 ids that are looked at first."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 3000, generator=generator, dtype=torch.float64) * torch.tensor([[0.1], [1.0], [9.0]])
+    log_p, log_q = torch.log_softmax(logits, -1)
+    expected = oracle("adaptive_kl", {"mu": mu}, log_p, log_q)
+    np.testing.assert_allclose(d.adaptive_kl(log_p, log_q, mu).numpy(), expected, rtol=1e-11)
+
+
 def test_adaptive_gradient_holds_the_weight_fixed() -> None:
     log_p, log_q = pair()
     weight = (d.adaptive_kl(log_p, log_q) - d.reverse_kl(log_p, log_q)) / (

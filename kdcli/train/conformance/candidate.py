@@ -9,7 +9,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,9 +49,16 @@ class Candidate:
         module, or, for a class from elsewhere, its static method `oracle`, if it has one."""
         module = kind.__module__
         known = getattr(oracles, module.rpartition(".")[2], None) if module.startswith("kdcli.objective.") else None
+        plain = make or (lambda **changes: kind(**{**settings, **changes}))
+
+        def seeded(**changes: Any) -> Objective:  # every instance begins with the same random parameters
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                return plain(**changes)
+
         return cls(
             name=name or kind.__name__,
-            make=make or partial(kind, **settings),
+            make=seeded,
             settings={**_defaults(kind), **settings},
             oracle=getattr(kind, "oracle", known),
         )

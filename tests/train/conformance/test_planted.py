@@ -556,6 +556,25 @@ def test_a_planted_mistake_is_caught_by_the_check_made_for_it(wrong: type[Object
     assert PLANTED[wrong] <= caught, f"{wrong.__doc__} Caught by {sorted(caught)}"
 
 
+class Learned(Plain):
+    """A parameter of its own, random at first, that no target shares with another."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.gain = torch.nn.Parameter(torch.rand(()))
+
+    def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return d.forward_kl(log_p, log_q) * (1 + self.gain.square())
+
+    oracle = None  # type: ignore[assignment]
+
+
+def test_an_objective_with_parameters_of_its_own_passes() -> None:
+    verdict = run(Candidate.of(Learned))
+    assert not verdict.failures
+    assert "equals_oracle" not in {outcome.check for outcome in verdict.outcomes if outcome.applies}
+
+
 class PerSequence(ForwardKL):
     unit = Unit.SEQUENCE
 
