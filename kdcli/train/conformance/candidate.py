@@ -59,7 +59,7 @@ class Candidate:
         return cls(
             name=name or kind.__name__,
             make=seeded,
-            settings={**_defaults(kind), **settings},
+            settings=_settings(kind, settings),
             oracle=getattr(kind, "oracle", known),
         )
 
@@ -85,9 +85,10 @@ class Candidate:
                     yield {name: value}
 
     def accepts(self, changes: Mapping[str, Any]) -> bool:
+        """Whether the constructor takes these settings; objectives of users raise what they like."""
         try:
             self.make(**changes)
-        except ConfigError:
+        except (ConfigError, ValueError, AssertionError):
             return False
         return True
 
@@ -106,8 +107,15 @@ class Candidate:
         return f"it needs the teacher's {str(other.name).lower()}" if other else None
 
 
+def _settings(kind: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Every setting with its value; a whole number stands for a real one where the default is real."""
+    defaults = _defaults(kind)
+    real = {n: float(v) for n, v in given.items() if type(v) is int and isinstance(defaults.get(n), float)}
+    return {**defaults, **given, **real}
+
+
 def _defaults(kind: type) -> dict[str, Any]:
-    """The settings of a constructor, and those that it hands on to its base as `**settings`."""
+    """The defaults of a constructor, and of its base's where it hands `**settings` on."""
     found: dict[str, Any] = {}
     for base in kind.__mro__:
         if "__init__" in vars(base):

@@ -575,6 +575,26 @@ def test_an_objective_with_parameters_of_its_own_passes() -> None:
     assert "equals_oracle" not in {outcome.check for outcome in verdict.outcomes if outcome.applies}
 
 
+class Refusing(SkewKL):
+    """Refuses settings with an error of Python's own."""
+
+    oracle = staticmethod(oracles.skew_kl)
+
+    def __init__(self, *, alpha: float = 0.1, **settings: Any) -> None:
+        if not 0 <= alpha < 1:
+            raise ValueError("alpha")
+        super().__init__(alpha=alpha, **settings)
+
+
+def test_settings_are_varied_as_far_as_the_constructor_takes_them() -> None:
+    """A whole number, as typed on a command line, is varied like the real one that it stands for."""
+    candidate = Candidate.of(Refusing, alpha=0)
+    assert candidate.numbers() == ["alpha"]
+    varied = [changes["alpha"] for changes in candidate.variants() if "alpha" in changes]
+    assert varied == [0.0, 0.3]
+    assert not run(candidate).failures
+
+
 class PerSequence(ForwardKL):
     unit = Unit.SEQUENCE
 
