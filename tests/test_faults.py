@@ -35,11 +35,18 @@ def begun(folder: Path, **changes) -> Path:
 
 
 SIGNALS = {"term": 143, "int": 130}
-PLACES = ["step.optim:step=1", "step.optim:step=3", "step.optim:step=4", "eval:step=0", "eval:step=2", "eval:step=4"]
+PLACES = [
+    ("step.optim:step=1", 1),
+    ("step.optim:step=3", 1),
+    ("step.optim:step=3", 2),
+    ("step.optim:step=4", 1),
+    ("eval:step=0", 1),
+    ("eval:step=2", 2),
+    ("eval:step=4", 1),
+]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("place", "ranks"), PLACES)
 def test_a_signal_saves_and_the_run_goes_on_exactly(place, ranks, tmp_path, undisturbed, capfd):
     name = "term" if place.startswith("step") else "int"
     run_dir = begun(tmp_path)

@@ -1,4 +1,4 @@
-"""FAULTS.md A.3, the rows that need real processes: launchers, torchrun's agent, signals between them, odd terminals."""
+"""FAULTS.md A.3, the rows that need real processes: launchers, torchrun's agent, signals between them, terminals."""
 
 from __future__ import annotations
 
@@ -142,9 +142,9 @@ def test_wrong_input_keeps_its_exit_code_through_torchrun(tmp_path):
 def test_a_rank_that_hangs_ends_the_run(tmp_path):
     run_dir = runs.write_run(tmp_path, engine__collective_timeout=0.1)
     with launched(run_dir, fault="step.optim:rank=1:step=3:stop") as child:
-        code, err, seconds = finish(child)
+        code, err, _ = finish(child, within=120)
         assert code == 1
-        assert seconds < 60
+        assert time.time() - (run_dir / "metrics.jsonl").stat().st_mtime < 60, "since its last step"
         assert "died or did not answer" in err
         wait_for(lambda: nobody(run_dir), within=5)
     assert runs.checkpoints(run_dir) == ["step-000002"]
@@ -163,14 +163,13 @@ def test_workers_die_with_a_launcher_that_is_killed(tmp_path):
         wait_for(lambda: nobody(run_dir), within=5)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_launcher_saves_on_every_rank(number, code, tmp_path):
+def test_a_signal_to_the_launcher_saves_on_every_rank(tmp_path):
     run_dir = long_run(tmp_path)
     with launched(run_dir) as child:
         wait_for(lambda: len(runs.lines(run_dir)) > 2)
-        child.send_signal(number)
-        ended, err, _ = finish(child)
-        assert ended == code
+        child.send_signal(signal.SIGTERM)
+        code, err, _ = finish(child)
+        assert code == 143
         assert err.endswith(f"go on with: kdcli resume {run_dir}\n")
         wait_for(lambda: nobody(run_dir), within=5)
     state = runs.state(run_dir)
@@ -197,9 +196,9 @@ def test_the_deepspeed_launcher_runs_and_passes_signals_on(tmp_path):
     run_dir = long_run(tmp_path)
     with launched(run_dir, launcher=("deepspeed", "DeepSpeedLauncher")) as child:
         wait_for(lambda: len(runs.lines(run_dir)) > 2)
-        child.send_signal(signal.SIGTERM)
+        child.send_signal(signal.SIGINT)
         code, _, _ = finish(child)
-        assert code == 143
+        assert code == 130
         wait_for(lambda: nobody(run_dir), within=5)
     assert runs.state(run_dir)["state"] == "interrupted"
 
