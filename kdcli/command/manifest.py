@@ -49,6 +49,8 @@ def licence(path: str) -> str:
         stated = [about[key] for key in ("License-Expression", "License") if key in about]
         return next((text.splitlines()[0] for text in stated if text), "unknown")
     place = paths.resolve(path)
+    if not place.exists():
+        return "unknown"  # a hub id: the hub's page says
     card = place / "README.md"
     if card.is_file():
         lines = card.read_text("utf-8", errors="replace").splitlines()[:60]
