@@ -67,6 +67,7 @@ def main(run_dir: Path) -> int:
                 stack.enter_context(RunLock(run_dir))
                 owner = True
             run_log.setup(run_dir, rank)
+            stack.callback(run_log.close)
             config = yaml.safe_load((run_dir / "config.yaml").read_text("utf-8"))
             if owner:
                 _status(run_dir, "running", steps=config["run"].get("steps", 0))
@@ -238,7 +239,8 @@ def _in_words(run_dir: Path, error: BaseException) -> KDError:
             "engine.activation_checkpointing=true, or spread the model with engine=zero3 over more processes"
         )
     if isinstance(error, RuntimeError | ConnectionError) and LOST_PEER.search(first_line) and _many():
-        return LostPeerError(f"another process of this run died or did not answer ({first_line})")
+        without_place = re.sub(r"^\[[^\]]*\]\s*", "", first_line)
+        return LostPeerError(f"another process of this run died or did not answer ({without_place})")
     return KDError(f"{type(error).__name__}: {first_line}; the traceback is in {run_dir / 'kdcli.log'}")
 
 

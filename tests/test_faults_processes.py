@@ -139,9 +139,11 @@ def test_wrong_input_keeps_its_exit_code_through_torchrun(tmp_path):
     assert runs.state(run_dir)["exit_code"] == 2
 
 
-def test_a_rank_that_hangs_ends_the_run(tmp_path):
-    run_dir = runs.write_run(tmp_path, engine__collective_timeout=0.1)
-    with launched(run_dir, fault="step.optim:rank=1:step=3:stop") as child:
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_rank_that_hangs_ends_the_run(stage, tmp_path):
+    """In the middle of a step, so that the others wait in one of DeepSpeed's own groups."""
+    run_dir = runs.write_run(tmp_path, engine__collective_timeout=0.1, engine__stage=stage)
+    with launched(run_dir, fault="step.forward:rank=1:step=3:stop") as child:
         code, err, _ = finish(child, within=120)
         assert code == 1
         assert time.time() - (run_dir / "metrics.jsonl").stat().st_mtime < 60, "since its last step"

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,6 +99,9 @@ class Zero(Engine):
                 backend, rank=self.rank, world_size=self.world_size, timeout=self.collective_timeout, **alone
             )
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        # DeepSpeed makes groups of its own, which would wait torch's 30 minutes for a rank that hangs.
+        communication: Any = deepspeed.comm.comm
+        communication.cdb.new_group = partial(torch.distributed.new_group, timeout=self.collective_timeout)
         _allow_deepspeed_classes()
         self._choose_precision()
 

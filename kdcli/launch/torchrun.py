@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
 from kdcli.api import Launcher
 from kdcli.errors import ConfigError
 from kdcli.launch import _processes
-
-SHUTDOWN_SECONDS = 10  # that torchrun gives ranks to end after one has failed, before it kills them
 
 
 class Torchrun(Launcher):
@@ -38,5 +35,4 @@ class Torchrun(Launcher):
         command = [sys.executable, "-m", "kdcli.launch._agent", str(run_dir)]
         command += [*meet, f"--nnodes={self.nodes}", f"--nproc-per-node={self.processes}"]
         command += ["-m", "kdcli.worker", str(run_dir)]
-        seconds = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-        return _processes.run(command, run_dir, self.processes, {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": seconds})
+        return _processes.run(command, run_dir, self.processes)

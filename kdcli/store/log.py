@@ -21,10 +21,8 @@ FILE_ONLY = "file_only"  # log.error(…, extra={FILE_ONLY: True}) does not reac
 
 def setup(run_dir: Path, rank: int) -> None:
     """Send this process's log to `run_dir/kdcli.log`, and rank 0's to stderr too: ours, and others' warnings."""
+    close()
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if getattr(h, "is_kdcli", False)]:
-        root.removeHandler(handler)
-        handler.close()
     stamp = _Redacting(f"%(asctime)sZ [rank {rank}] %(levelname)s %(name)s: %(message)s", "%Y-%m-%dT%H:%M:%S")
     stamp.converter = time.gmtime
     file = logging.FileHandler(Path(run_dir) / "kdcli.log", encoding="utf-8", errors="backslashreplace")
@@ -37,6 +35,15 @@ def setup(run_dir: Path, rank: int) -> None:
     root.setLevel(logging.WARNING)
     logging.getLogger("kdcli").setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+def close() -> None:
+    """Undo `setup`."""
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "is_kdcli", False)]:
+        root.removeHandler(handler)
+        handler.close()
+    logging.captureWarnings(False)
 
 
 def redact(text: str) -> str:
