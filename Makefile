@@ -36,7 +36,7 @@ test-gpu: $(STAMP)    ## tests that need one GPU
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(STAMP)       ## cost of distillation against plain fine-tuning, as ratios
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python -m benchmarks.step
 
 clean:           ## remove the virtual environment, caches and build products (never runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

@@ -130,7 +130,9 @@ def _trl(logits: Step, teacher_forward: Step) -> dict[str, Step]:
     return {"TRL GKD beta=0": with_beta(0.0), "TRL GKD default": with_beta(0.5)}
 
 
-def measure(length: int, masked: float, rounds: int, student: HFStudent, teacher: HFTeacher) -> dict[str, dict[str, Any]]:
+def measure(
+    length: int, masked: float, rounds: int, student: HFStudent, teacher: HFTeacher
+) -> dict[str, dict[str, Any]]:
     batch = make_batch(length, masked, student.head.vocab_size)
     steps = contenders(student, teacher)
 
@@ -169,7 +171,11 @@ def measure(length: int, masked: float, rounds: int, student: HFStudent, teacher
 
 def _gate(losses: dict[str, tuple[float, Tensor]]) -> None:
     """Equal objectives must agree in loss and gradient before their cost means anything."""
-    for ours, reference in (("kdcli forward KL", "naive torch KL"), ("kdcli JSD", "TRL GKD default"), ("TRL GKD beta=0", "naive torch KL")):
+    for ours, reference in (
+        ("kdcli forward KL", "naive torch KL"),
+        ("kdcli JSD", "TRL GKD default"),
+        ("TRL GKD beta=0", "naive torch KL"),
+    ):
         if ours in losses and reference in losses:
             (a, g), (b, h) = losses[ours], losses[reference]
             error = float((g - h).norm() / h.norm())
@@ -180,10 +186,16 @@ def show(title: str, rows: dict[str, dict[str, Any]]) -> None:
     floor, sft = rows["SFT + teacher forward"], rows["SFT"]
     size = rows[""]["targets"] * rows[""]["vocabulary"]
     print(f"\n{title}")
-    print(f"{'':24} {'CPU s':>7} {'÷ (SFT+T)':>10} {'FLOPs ÷ (SFT+T)':>16} {'peak MB':>8} {'÷ SFT':>6}  largest ÷ (N x V)")
+    print(
+        f"{'':24} {'CPU s':>7} {'÷ (SFT+T)':>10} {'FLOPs ÷ (SFT+T)':>16} {'peak MB':>8} {'÷ SFT':>6}  largest ÷ (N x V)"
+    )
     for name, row in rows.items():
         if name:
-            time = f"{row['cpu_seconds']:7.2f} {row['cpu_seconds'] / floor['cpu_seconds']:10.2f}" if row["cpu_seconds"] else " " * 18
+            time = (
+                f"{row['cpu_seconds']:7.2f} {row['cpu_seconds'] / floor['cpu_seconds']:10.2f}"
+                if row["cpu_seconds"]
+                else " " * 18
+            )
             print(
                 f"{name:24} {time} {row['flops'] / floor['flops']:16.3f} {row['peak_bytes'] / 1e6:8.0f} "
                 f"{row['peak_bytes'] / sft['peak_bytes']:6.2f}  {row['largest'] / size:.2f}"

@@ -372,7 +372,9 @@ class Engine(ABC):
         """Join the other ranks and choose the device. Called once, before models are built."""
 
     @abstractmethod
-    def prepare(self, module: nn.Module, *, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, micro_size: int) -> None:
+    def prepare(
+        self, module: nn.Module, *, optimizer: OptimizerFactory, lr_schedule: ScheduleFactory, micro_size: int
+    ) -> None:
         """Take the module over: cast, shard, build the optimizer. Frozen parameters stay frozen."""
 
     @abstractmethod

@@ -60,7 +60,9 @@ class ToyTeacher(Teacher):
         return TeacherSignal(hidden=hidden, head=self.head)
 
 
-def batch(seed: int = 0, *, rows: int = 4, length: int = 12, vocab: int = VOCAB, domains: tuple[str, ...] = ("a", "b")) -> Batch:
+def batch(
+    seed: int = 0, *, rows: int = 4, length: int = 12, vocab: int = VOCAB, domains: tuple[str, ...] = ("a", "b")
+) -> Batch:
     """`rows` examples of different lengths, prompts masked, right-padded."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocab, (rows, length + 1), generator=generator)

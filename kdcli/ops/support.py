@@ -26,7 +26,7 @@ def on_support(
     if log_p is not None:
         assert log_p.shape == log_q.shape, f"cut both to the shared ids: {log_p.shape} {log_q.shape}"
         return log_p, log_q
-    assert ids is not None and logprobs is not None, "a teacher's distribution is dense (log_p) or sparse (ids, logprobs)"
+    assert ids is not None and logprobs is not None, "a teacher is dense (log_p) or sparse (ids, logprobs)"
     return sparse(ids, logprobs, log_q, missing)
 
 

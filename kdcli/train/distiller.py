@@ -109,7 +109,9 @@ class Distiller(nn.Module):
         empty = [hidden.new_zeros(0, dtype=torch.float32)]  # a batch without a target still has scores
 
         def spread(values: list[Tensor]) -> Tensor:
-            return torch.zeros(batch.mask.shape, device=hidden.device).masked_scatter(batch.mask, torch.cat(empty + values))
+            return torch.zeros(batch.mask.shape, device=hidden.device).masked_scatter(
+                batch.mask, torch.cat(empty + values)
+            )
 
         if signal.head is None:
             return Scores(nll=spread(columns["nll"]))
@@ -231,7 +233,9 @@ def _gather(batch: Batch) -> Batch:
 
 def _window_batch(batch: Batch, window: slice) -> Batch:
     """Targets `window` of a gathered batch."""
-    cut = {name: getattr(batch, name)[:, window] for name in ("input_ids", "targets", "mask", "attention_mask", "segment")}
+    cut = {
+        name: getattr(batch, name)[:, window] for name in ("input_ids", "targets", "mask", "attention_mask", "segment")
+    }
     old = None if batch.old_logprobs is None else batch.old_logprobs[:, window]
     return replace(batch, **cut, old_logprobs=old)
 
@@ -267,6 +271,8 @@ def _window(signal: TeacherSignal, window: slice, vocab_size: int) -> TeacherSig
         logits=logits,
         logprobs=at(signal.logprobs),
         reference_logprobs=at(signal.reference_logprobs),
-        topk=None if topk is None else TopK(ids=topk.ids[:, window], logprobs=topk.logprobs[:, window], temperature=topk.temperature),
+        topk=None
+        if topk is None
+        else TopK(ids=topk.ids[:, window], logprobs=topk.logprobs[:, window], temperature=topk.temperature),
         reward=signal.reward,
     )

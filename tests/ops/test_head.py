@@ -8,7 +8,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kdcli.ops.head import Head
 
-SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, vocab_size=40)
+SMALL = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=40,
+)
 FAMILIES = {
     "llama": {},
     "qwen2": {},

@@ -26,7 +26,9 @@ def test_both_sides_sum_to_one(pair: tuple[Tensor, Tensor], missing: str) -> Non
 
 
 @pytest.mark.parametrize("divergence", [d.forward_kl, d.reverse_kl, d.generalized_jsd])
-def test_tail_bucket_bounds_the_dense_value_from_below_and_tightens_with_k(pair: tuple[Tensor, Tensor], divergence) -> None:
+def test_tail_bucket_bounds_the_dense_value_from_below_and_tightens_with_k(
+    pair: tuple[Tensor, Tensor], divergence
+) -> None:
     """Merging symbols never raises an f-divergence (data processing), and finer partitions lower it less."""
     log_p, log_q = pair
     dense = divergence(*on_support(log_q, log_p=log_p))
