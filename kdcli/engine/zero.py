@@ -208,8 +208,14 @@ class Zero(Engine):
         raise NumericsError("the gradient is not finite")
 
     def _clip(self) -> float:
-        parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
-        return float(nn.utils.clip_grad_norm_(parameters, self.gradient_clipping or math.inf))
+        """Stage 0's own clipping, with the norm in float64 as the other stages form it, so that all agree."""
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        norm = math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients))
+        limit = self.gradient_clipping or math.inf
+        if math.isfinite(norm) and norm > limit:
+            for gradient in gradients:
+                gradient.mul_(limit / (norm + 1e-6))
+        return norm
 
     @property
     def lr(self) -> float:
