@@ -11,6 +11,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,8 @@ def _distill(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> 
     fault("data.prepare", rank=engine.rank)
     rows, counts = encode(build(config["data"], Data), tokenizer, **lengths)
     log.info("data: %s", counts)
+    if engine.rank == 0:
+        atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])
     teacher.load(engine.device)
     student.load(engine.device)
     begin(student, teacher)

@@ -17,7 +17,7 @@ from kdcli.store import paths
 
 def problems_in(config: Mapping[str, Any]) -> list[str]:
     """One sentence per contradiction. Every section must be sound by itself (`check` sees to that)."""
-    found = [*_batch(config), *_devices(config), *_model_paths(config), *_resume(config), *_terms(config)]
+    found = [*_batch(config), *_packing(config), *_devices(config), *_model_paths(config), *_resume(config), *_terms(config)]
     objects, refused = _built(config)
     found += refused
     if refused:
@@ -40,6 +40,19 @@ def _batch(config: Mapping[str, Any]) -> list[str]:
     return [
         f"batch.size: {size} is not divisible by batch.micro_size x processes = {micro} x {processes} = {unit}; "
         f"set batch.size={up}{other}"
+    ]
+
+
+def _packing(config: Mapping[str, Any]) -> list[str]:
+    """transformers keeps packed examples apart under flash attention only where a forward has one row."""
+    batch = config["batch"]
+    if not batch.get("packing") or batch["micro_size"] == 1:
+        return []
+    return [
+        f"{section}.attention: {config[section]['attention']} lets packed examples of a batch see each other; set "
+        f"{section}.attention=sdpa, batch.micro_size=1, or batch.packing=false"
+        for section in ("teacher", "student")
+        if "flash" in str((config.get(section) or {}).get("attention"))
     ]
 
 

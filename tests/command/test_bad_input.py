@@ -50,6 +50,10 @@ BAD = {
         "a: ",
     ),
     "batch arithmetic": ((*TINY, "batch.size=6", "batch.micro_size=4"), "set batch.size=8, or batch.micro_size=3"),
+    "packing": (
+        (*TINY, "student.attention=flash_attention_2"),
+        "student.attention: flash_attention_2 lets packed examples of a batch see each other",
+    ),
     "needs": ((*TINY, "teacher=none"), "objective.kd: ForwardKL needs the teacher's distribution"),
     "no objective": ((*TINY, "~objective@objective.kd"), "add objective@objective.kd=forward_kl"),
     "unknown domain": ((*TINY, "objective.kd.domains=[pyton]"), "the data have no domain pyton; did you mean python?"),
