@@ -17,7 +17,14 @@ from kdcli.store import paths
 
 def problems_in(config: Mapping[str, Any]) -> list[str]:
     """One sentence per contradiction. Every section must be sound by itself (`check` sees to that)."""
-    found = [*_batch(config), *_packing(config), *_devices(config), *_model_paths(config), *_resume(config), *_terms(config)]
+    found = [
+        *_batch(config),
+        *_packing(config),
+        *_devices(config),
+        *_model_paths(config),
+        *_resume(config),
+        *_terms(config),
+    ]
     objects, refused = _built(config)
     found += refused
     if refused:
