@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -83,10 +83,31 @@ def main(run_dir: Path) -> int:
 
 
 def _distill(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None:
-    section, batch = config["run"], config["batch"]
+    with _started(config) as engine:
+        run = _built(run_dir, config, engine, interrupt)
+        try:
+            exported = train(run)
+        finally:
+            _close(run.reporters)
+    if engine.rank == 0:
+        print(f"\nstudent: {exported}\nnext:    {_next_command(run_dir, config)}", flush=True)
+
+
+@contextlib.contextmanager
+def _started(config: Mapping[str, Any]) -> Iterator[Engine]:
+    """The engine, joined with the other ranks, and random numbers seeded."""
     engine = build(config["engine"], Engine)
-    engine.start()
-    state.seed_random(section["seed"], engine.rank)
+    try:
+        engine.start()
+        state.seed_random(config["run"]["seed"], engine.rank)
+        yield engine
+    finally:
+        engine.close()
+
+
+def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: Interrupt) -> Run:
+    """Everything that a distillation needs, built from its config and loaded."""
+    section, batch = config["run"], config["batch"]
     teacher, student = build(config["teacher"], Teacher), build(config["student"], Student)
     begin = build(config["student_init"], StudentInit)
     objectives = build_terms(config["objective"], Objective)
@@ -122,7 +143,7 @@ def _distill(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> 
         lr_schedule=schedule_factory(config["lr_schedule"]),
         micro_size=batch["micro_size"],
     )
-    run = Run(
+    return Run(
         **{key: value for key, value in section.items() if key != "dir"},
         dir=run_dir,
         distiller=distiller,
@@ -136,48 +157,43 @@ def _distill(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> 
         config=config,
         note={"config": _digest(config)},
     )
-    try:
-        exported = train(run)
-    finally:
-        _close(run.reporters)
-        engine.close()
-    if engine.rank == 0:
-        print(f"\nstudent: {exported}\nnext:    {_next_command(run_dir, config)}", flush=True)
 
 
 def _evaluate(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None:
     """Score a student as training does: the same engine, the same arithmetic."""
-    engine = build(config["engine"], Engine)
-    engine.start()
-    state.seed_random(config["run"]["seed"], engine.rank)
-    teacher, student = build(config["teacher"], Teacher), build(config["student"], Student)
-    evaluations = build_terms(config["evaluation"], Evaluator)
-    reporters = list(build_terms(config.get("report"), Reporter).values()) if engine.rank == 0 else []
-    teacher.load(engine.device)
-    student.load(engine.device)
-    distiller = Distiller(student, teacher, {})
-    engine.prepare(
-        distiller,
-        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
-        lr_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
-        micro_size=config["batch"]["micro_size"],
-    )
-    distiller.eval()
-    metrics: dict[str, float] = {}
-    scorer = Scorer(engine, student.tokenizer, interrupt)
-    for name, evaluator in evaluations.items():
-        metrics |= {f"eval/{name}/{key}": value for key, value in evaluator(scorer, 0).items()}
+    with _started(config) as engine:
+        teacher, student = build(config["teacher"], Teacher), build(config["student"], Student)
+        evaluations = build_terms(config["evaluation"], Evaluator)
+        teacher.load(engine.device)
+        student.load(engine.device)
+        distiller = Distiller(student, teacher, {})
+        engine.prepare(
+            distiller,
+            optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
+            lr_schedule=lambda optimizer: torch.optim.lr_scheduler.ConstantLR(optimizer),
+            micro_size=config["batch"]["micro_size"],
+        )
+        distiller.eval()
+        metrics: dict[str, float] = {}
+        scorer = Scorer(engine, student.tokenizer, interrupt)
+        for name, evaluator in evaluations.items():
+            metrics |= {f"eval/{name}/{key}": value for key, value in evaluator(scorer, 0).items()}
     if engine.rank == 0:
-        lines = MetricsLog(run_dir)
-        lines.cut(-1)
-        for reporter in reporters:
-            reporter.start({"dir": run_dir, "name": config["run"]["name"], "steps": 0, "step": 0, "config": config})
-        lines.append(0, metrics)
-        for reporter in reporters:
-            reporter.log(0, metrics)
-        _close(reporters)
+        _record(run_dir, config, metrics)
         _status(run_dir, "done", exit_code=0)
-    engine.close()
+
+
+def _record(run_dir: Path, config: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+    """One line of metrics, at step 0."""
+    reporters = list(build_terms(config.get("report"), Reporter).values())
+    lines = MetricsLog(run_dir)
+    lines.cut(-1)
+    for reporter in reporters:
+        reporter.start({"dir": run_dir, "name": config["run"]["name"], "steps": 0, "step": 0, "config": config})
+    lines.append(0, metrics)
+    for reporter in reporters:
+        reporter.log(0, metrics)
+    _close(reporters)
 
 
 # ------------------------------------------------------------------------------------------------- what it has to say

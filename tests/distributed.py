@@ -52,6 +52,7 @@ def collect_ranks(
     join: bool = True,
 ) -> list[tuple[bool, Any]]:
     """Like `run_ranks`, but each rank's outcome is told: (True, result) or (False, traceback or exit code)."""
+    assert not torch.distributed.is_initialized(), "an earlier test left a process group behind; a fork cannot use it"
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]

@@ -72,6 +72,7 @@ class Zero(Engine):
         self._engine: Any = None
         self._optimizer: Any = None
         self._overflows = 0
+        self._joined = False  # the process group is ours to destroy
 
     # ------------------------------------------------------------------------------------------ start and prepare
 
@@ -98,6 +99,7 @@ class Zero(Engine):
             torch.distributed.init_process_group(
                 backend, rank=self.rank, world_size=self.world_size, timeout=self.collective_timeout, **alone
             )
+            self._joined = True
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
         # DeepSpeed makes groups of its own, which would wait torch's 30 minutes for a rank that hangs.
         communication: Any = deepspeed.comm.comm
@@ -334,9 +336,18 @@ class Zero(Engine):
         return {name: copies.setdefault(places[name], value.detach().cpu()) for name, value in state.items()}
 
     def close(self) -> None:
+        """Leave this process as it was before `start`, so that another run may follow in it. Ranks of several
+        processes keep their group: after a failure the others may not be there to take leave of."""
         if self._engine is not None:
             self._engine.destroy()
             self._engine = self._optimizer = None
+        if self._joined and self.world_size == 1:
+            import deepspeed
+
+            communication: Any = deepspeed.comm.comm
+            communication.destroy_process_group()
+            communication.cdb = None
+            self._joined = False
 
 
 def _quiet_environment() -> None:

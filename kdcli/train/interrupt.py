@@ -10,6 +10,7 @@ from types import FrameType
 from kdcli.errors import Interrupted
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SHOW_CURSOR = b"\x1b[?25h\n"
 
 
 class Interrupt:
@@ -43,6 +44,8 @@ class Interrupt:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         del frame
         if self.received:
+            if os.isatty(1):
+                os.write(1, SHOW_CURSOR)  # a progress line hides it
             os._exit(128 + number)
         self.received = number
         if not self.deferred:

@@ -304,3 +304,24 @@ def test_a_model_that_cannot_recompute_is_refused():
             started({"activation_checkpointing": True}, Toy())
 
     run_ranks(1, refused)
+
+
+def test_runs_may_follow_each_other_in_one_process():
+    """And leave nothing behind that a fork would inherit."""
+
+    def twice():
+        import os
+
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+        histories = []
+        for stage, precision in ((2, "bf16_autocast"), (0, "fp32"), (3, "fp32")):
+            engine = started({"stage": stage, "precision": precision}, Toy())
+            histories.append(advance(engine, range(STEPS)))
+            engine.close()
+            assert not torch.distributed.is_initialized()
+        return histories
+
+    [(_, zero, three)] = run_ranks(1, twice, join=False)
+    same(zero, plain(Toy()), 1e-6)
+    same(three, plain(Toy()), 1e-6)

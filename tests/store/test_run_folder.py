@@ -81,6 +81,7 @@ def test_status_of_an_empty_or_broken_folder_is_empty(tmp_path):
 @pytest.mark.parametrize("where", ["p", "p:rank=1", "p:step=3", "p:rank=1:step=3"])
 def test_a_fault_hits_its_point_rank_and_step_only(monkeypatch, where):
     monkeypatch.setenv("KDCLI_FAULT", f"{where}:raise")
+    monkeypatch.delenv("KDCLI_TESTING", raising=False)
     assert not fault("p", rank=1, step=3), "ignored unless KDCLI_TESTING=1"
     monkeypatch.setenv("KDCLI_TESTING", "1")
     with pytest.raises(RuntimeError, match="injected"):
