@@ -34,4 +34,4 @@ class CrossEntropy(Objective):
             gradient.sub_(self.label_smoothing / gradient.shape[-1])
         share = torch.full_like(batch.targets, 1, dtype=gradient.dtype).mul_(self.label_smoothing - 1)
         gradient.scatter_add_(-1, batch.targets.unsqueeze(-1), share.unsqueeze(-1))
-        return self(batch, student, teacher), gradient
+        return self.forward(batch, student, teacher), gradient

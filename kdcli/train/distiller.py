@@ -35,10 +35,13 @@ class Distiller(nn.Module):
                     "which is all this version trains; choose one of `kdcli ls objective`"
                 )
         self.student = student
-        self.objectives = nn.ModuleDict(objectives)
-        self.gathered_head = _GatheredHead(student.head)
+        # Neither are submodules. An engine that shards parameters (ZeRO-3) follows the order in which modules run, and
+        # how often an objective runs depends on a rank's targets: ranks would wait for each other for ever. What
+        # objectives learn belongs to the gathered head, which runs once.
+        self._objectives = [dict(objectives)]
+        self.gathered_head = _GatheredHead(student.head, objectives)
         self.chunk = chunk
-        self._teacher = [teacher]  # in a list: the teacher is no submodule, so no engine shards, trains or saves it
+        self._teacher = [teacher]
 
     @property
     def teacher(self) -> Teacher:
@@ -46,7 +49,7 @@ class Distiller(nn.Module):
 
     @property
     def terms(self) -> dict[str, Objective]:
-        return dict(self.objectives.items())  # pyright: ignore
+        return self._objectives[0]
 
     @property
     def needs(self) -> Need:
@@ -124,13 +127,17 @@ class Distiller(nn.Module):
 
 
 class _GatheredHead(nn.Module):
-    """Owns the head's parameters, so that an engine that shards them (ZeRO-3) has them whole inside `forward`."""
+    """Owns the parameters of the head and of the objectives, so that an engine that shards them (ZeRO-3) has them
+    whole inside `forward`."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: Head, objectives: Mapping[str, Objective]) -> None:
         super().__init__()
         self.head = head
         self.weight = head.weight
         self.bias = head.bias
+        for term, objective in objectives.items():
+            for name, parameter in objective.named_parameters():
+                self.register_parameter(f"{term}/{name}".replace(".", "/"), parameter)
 
     def forward(self, hidden: Tensor, run: Callable[[Tensor, Head], Tensor]) -> Tensor:
         return run(hidden, replace(self.head, weight=self.weight, bias=self.bias))
@@ -200,7 +207,7 @@ def _autograd(
     """Values [C], gradient to the logits [C, V] and to `parameters`, of any objective."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        value = term(batch, StudentOutput(logits=leaf[None]), teacher)[0]
+        value = term.forward(batch, StudentOutput(logits=leaf[None]), teacher)[0]
         inputs = (leaf, *parameters)
         gradients = torch.autograd.grad((coefficient * value).sum(), inputs, allow_unused=True)
     filled = [torch.zeros_like(i) if g is None else g for i, g in zip(inputs, gradients, strict=True)]
