@@ -101,6 +101,7 @@ def _child(
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
+    torch.set_num_threads(1)  # renews torch's pool after the fork; two threads doing so at once would crash
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), **env)
     try:
         if store is not None:
