@@ -34,9 +34,10 @@ def test_a_recipe_trains_two_steps_and_exports_a_student(kdcli, name: str) -> No
 
 @pytest.mark.parametrize("file", recipes().values(), ids=list(recipes()))
 def test_a_recipe_has_no_settings_of_the_machine(file: Path) -> None:
-    """A recipe fixes the global batch, never the number of processes or the engine."""
+    """A recipe fixes the global batch and perhaps the precision, never the number of processes or the stage."""
     content = yaml.safe_load(file.read_text())
-    assert not {"launch", "engine", "report"} & content.keys()
+    assert not {"launch", "report"} & content.keys()
+    assert content.get("engine", {}).keys() <= {"precision"}
 
 
 def _installed(package: str) -> bool:

@@ -24,12 +24,14 @@ from kdcli.text.pack import pack
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 3.0  # seconds
+
 
 def locked(folder: Path) -> FileLock:
-    """The lock of a folder; says so where another process holds it."""
+    """The lock of a folder; says so where another process holds it for longer than it takes to look for tokens."""
     lock = FileLock(str(folder.with_suffix(".lock")), mode=0o600)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=PATIENCE)
         lock.release()
     except Timeout:
         log.info("waiting for another process that tokenizes the same data (%s)", folder)
