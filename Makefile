@@ -36,6 +36,7 @@ test-gpu: $(STAMP)    ## tests that need one GPU
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(STAMP)       ## cost of distillation against plain fine-tuning, as ratios
+	@$(PIP) -e '.[bench]'
 	$(BIN)/python -m benchmarks.step
 
 clean:           ## remove the virtual environment, caches and build products (never runs/)

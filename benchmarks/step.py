@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 
 from benchmarks.probes import Cost, cpu_seconds, exact
@@ -36,6 +37,7 @@ Step = Callable[[Batch], Tensor]
 
 
 def pair() -> tuple[HFStudent, HFTeacher]:
+    transformers.logging.disable_progress_bar()
     device = torch.device("cpu")
     teacher, student = HFTeacher(path=TEACHER, dtype="float32"), HFStudent()
     teacher.load(device)
@@ -112,7 +114,7 @@ def contenders(student: HFStudent, teacher: HFTeacher) -> dict[str, Step]:
 def _trl(logits: Step, teacher_forward: Step) -> dict[str, Step]:
     """TRL's GKDTrainer loss, beta = 0 (forward KL) and its default 0.5, called as its compute_loss does."""
     try:
-        from trl.experimental.gkd import GKDTrainer
+        from trl.experimental.gkd import GKDTrainer  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         print(f"TRL GKDTrainer: not installed ({error})")
         return {}
