@@ -101,12 +101,7 @@ class Batch:
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a transformers model. Packed rows pass positions and no attention mask:
         that is how transformers keeps examples of a row apart (an attention mask would join them)."""
-        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
-        if self.position_ids is not None:
-            inputs["position_ids"] = self.position_ids
-        elif not bool(self.attention_mask.all()):
-            inputs["attention_mask"] = self.attention_mask.long()
-        return inputs
+        return _model_inputs(self)
 
 
 @dataclass(kw_only=True)
@@ -120,6 +115,10 @@ class TeacherView:
 
     def to(self, device: torch.device | str) -> TeacherView:
         return replace(self, **_moved(self, device))
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Like `Batch.model_inputs`, of the teacher's own ids."""
+        return _model_inputs(self)
 
 
 @dataclass(kw_only=True)
@@ -425,6 +424,15 @@ class Launcher(ABC):
     @abstractmethod
     def __call__(self, run_dir: Path, *, isolate: bool = False) -> int:
         """Run `kdcli.worker` on `run_dir`; returns the exit code. `isolate`: never inside this process."""
+
+
+def _model_inputs(view: Batch | TeacherView) -> dict[str, Any]:
+    inputs: dict[str, Any] = {"input_ids": view.input_ids, "use_cache": False}
+    if view.position_ids is not None:
+        inputs["position_ids"] = view.position_ids
+    elif not bool(view.attention_mask.all()):
+        inputs["attention_mask"] = view.attention_mask.long()
+    return inputs
 
 
 def _moved(record: Any, device: torch.device | str) -> dict[str, Any]:

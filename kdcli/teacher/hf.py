@@ -62,7 +62,7 @@ class HFTeacher(Teacher):
             return TeacherSignal()
         assert self.head is not None, "load() comes before annotate()"
         view = batch.teacher
-        inputs = batch.model_inputs() if view is None else _view_inputs(view)
+        inputs = (batch if view is None else view).model_inputs()
         with torch.autocast(batch.input_ids.device.type, enabled=False):
             output = self.model.base_model(**inputs, output_hidden_states=Need.HIDDEN in needs)
             hidden = _at_targets(output.last_hidden_state, view)
@@ -74,14 +74,6 @@ class HFTeacher(Teacher):
                 if Need.HIDDEN in needs
                 else None,
             )
-
-
-def _view_inputs(view: TeacherView) -> dict[str, Any]:
-    """Like `Batch.model_inputs`, of the teacher's own ids."""
-    inputs: dict[str, Any] = {"input_ids": view.input_ids, "use_cache": False}
-    if view.position_ids is not None:
-        return inputs | {"position_ids": view.position_ids}
-    return inputs if bool(view.attention_mask.all()) else inputs | {"attention_mask": view.attention_mask.long()}
 
 
 def _at_targets(hidden: Tensor, view: TeacherView | None) -> Tensor:
