@@ -10,9 +10,8 @@ import xxhash
 
 from kdcli.errors import ConfigError
 from kdcli.store import atomic, paths
+from kdcli.store.content import file_hash
 from kdcli.store.examples import BadRow, parse_line, read_lines
-
-BLOCK = 2**22  # bytes
 
 
 @dataclass(frozen=True)
@@ -36,20 +35,12 @@ def file_facts(path: Path, column: str = "domain") -> FileFacts:
             known = json.loads(note.read_bytes())
             return FileFacts(known["hash"], dict(known["domains"]))
         except (OSError, ValueError, KeyError, TypeError):  # absent, or not ours: look again
-            facts = FileFacts(_hash(path), _domains(path, column))
+            facts = FileFacts(file_hash(path), _domains(path, column))
             note.parent.mkdir(exist_ok=True, mode=0o700)
             atomic.write_json(note, asdict(facts))
             return facts
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); check data.path") from error
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _domains(path: Path, column: str) -> dict[str, int]:

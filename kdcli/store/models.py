@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -13,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from filelock import FileLock
 
 from kdcli.errors import ConfigError
 from kdcli.store import paths
+from kdcli.store.content import file_hash
 
 log = logging.getLogger(__name__)
 
@@ -171,9 +170,7 @@ def _converted(file: Path, part: str) -> Path:
     """
     from transformers import __version__
 
-    with file.open("rb") as stream:
-        content = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
-    folder = paths.cache() / "models" / f"{file.stem}-{content[:16]}-transformers-{__version__}" / part
+    folder = paths.cache() / "models" / f"{file.stem}-{file_hash(file)[:16]}-transformers-{__version__}" / part
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from kdcli.api import Engine
 from kdcli.errors import ConfigError, KDError
 from kdcli.store import atomic
+from kdcli.store.content import file_hash
 from kdcli.store.fault import fault
 from kdcli.train import state as states
 
@@ -106,7 +105,7 @@ def verify(path: Path) -> Checkpoint:
             raise ConfigError(f"{file}: this file of the checkpoint is missing")
         if file.stat().st_size != entry["size"]:
             raise ConfigError(f"{file}: {file.stat().st_size} bytes, but {entry['size']} were written")
-        if _hash(file) != entry["xxh3"]:
+        if file_hash(file) != entry["xxh3"]:
             raise ConfigError(f"{file}: the content is not what was written")
     return Checkpoint(path, commit)
 
@@ -165,7 +164,7 @@ def _hashes(temporary: Path, rank: int, world_size: int) -> dict[str, dict[str, 
     mine = files[rank::world_size]
     for path in mine:
         atomic.fsync_file(path)
-    return {str(p.relative_to(temporary)): {"size": p.stat().st_size, "xxh3": _hash(p)} for p in mine}
+    return {str(p.relative_to(temporary)): {"size": p.stat().st_size, "xxh3": file_hash(p)} for p in mine}
 
 
 def _publish(temporary: Path, final: Path, commit: Mapping[str, Any], keep: int, spare: Path | None) -> None:
@@ -205,11 +204,3 @@ def _size_of_newest(folder: Path) -> int | None:
         return sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
     except (OSError, ValueError):
         return None
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
