@@ -1,7 +1,8 @@
 """The vocabulary of kdcli: what flows through a run, and what can be plugged into it.
 
-Letters of shapes: B sequences, T positions, V vocabulary, K cached entries, D hidden units, E examples
-(E = B unless rows are packed), N supervised targets. Token ids are int64, masks bool, losses float32 nats.
+Letters of shapes: B rows, T positions, V vocabulary, K cached entries, D hidden units, E sequences (E = B unless
+rows are packed), G groups of sequences, H attention heads, N supervised targets; T', V', H' of another model or kind.
+Token ids are int64, masks bool, losses float32 nats.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, Flag, auto
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +28,47 @@ class Need(Flag):
 
     NOTHING = 0
     DISTRIBUTION = auto()  # logits, or top-k log-probabilities, per target
+    LOGITS = auto()  # logits of the whole vocabulary per target
     LOGPROBS = auto()  # log-probability of each target
     HIDDEN = auto()  # hidden states of the layers
-    ATTENTION = auto()
-    REWARD = auto()
-    REFERENCE = auto()  # log-probabilities of a frozen reference model
+    ATTENTION = auto()  # attention probabilities of the layers
+    RELATIONS = auto()  # queries, keys and values of the layers
+    REWARD = auto()  # a number per sequence
+    REFERENCE = auto()  # log-probabilities of the student as it began; the Distiller's to provide, not a teacher's
 
 
 class Unit(Enum):
     """What an objective returns one number for, and so what its sum is divided by."""
 
     TOKEN = "token"  # [B, T], one per target
-    SEQUENCE = "sequence"  # [B], one per example
+    SEQUENCE = "sequence"  # [E], one per sequence
+    GROUP = "group"  # [G], one per group of sequences: a preference pair, or the scored answers to one prompt
+
+
+class Scope(Enum):
+    """What of the student an objective sees, and so what it costs in memory."""
+
+    CHUNK = "chunk"  # logits of some targets at a time, [1, C, V]
+    LOGPROBS = "logprobs"  # of the whole micro-batch the log-probabilities of the targets, [B, T]
+    STATES = "states"  # of the whole micro-batch what the layers computed, and the head
+
+
+Reduction = Literal[
+    "token", "sequence", "batch"
+]  # mean over targets | over sequences of means | over sequences of sums
+
+
+class Settings(TypedDict, total=False):
+    """Settings of every objective; constructors hand them on as `**settings: Unpack[Settings]`."""
+
+    weight: float
+    domains: Sequence[str]
+
+
+class TokenSettings(Settings, total=False):
+    """Settings of every objective of unit TOKEN."""
+
+    reduction: Reduction
 
 
 # ---------------------------------------------------------------------------------------------- what flows
@@ -83,13 +113,15 @@ class Batch:
     targets: Tensor  # [B, T]
     mask: Tensor  # [B, T] bool, True where the target is supervised
     attention_mask: Tensor  # [B, T] bool, True where there is a token and not padding
-    segment: Tensor  # [B, T] which example (0..E-1) the target belongs to; -1 is padding
-    weight: Tensor  # [E] float, multiplies the example's loss
+    segment: Tensor  # [B, T] which sequence (0..E-1) the target belongs to; -1 is padding
+    weight: Tensor  # [E] float, multiplies the sequence's loss
     position_ids: Tensor | None = None  # [B, T], only when packed: restarts at 0 with each example
     row: list[str] = field(default_factory=list)  # [E] key of the example's content
     domain: list[str] = field(default_factory=list)  # [E]
     group: list[str | None] = field(default_factory=list)  # [E]
     score: list[float | None] = field(default_factory=list)  # [E]
+    rejected: Tensor | None = None  # [E] bool, True where a preference pair has its worse answer; None: there are none
+    group_index: Tensor | None = None  # [E] int64, which group (0..G-1) a sequence is of; None: each is its own
     old_logprobs: Tensor | None = None  # [B, T], of the policy that wrote the targets
     on_policy: bool = False
     teacher: TeacherView | None = None  # None: the teacher sees what the student sees
@@ -97,6 +129,27 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor on `device`."""
         return replace(self, **_moved(self, device))
+
+    @property
+    def num_sequences(self) -> int:
+        """E."""
+        return len(self.weight)
+
+    def groups(self) -> Tensor:
+        """[E] int64: which group (0..G-1) each sequence is of. Both answers of a preference pair are one group (the
+        better one first), and so are all answers of equal `group` in a row of the data; any other is its own."""
+        if self.group_index is not None:
+            return self.group_index
+        return torch.arange(self.num_sequences, device=self.weight.device)
+
+    def sum_by_sequence(self, values: Tensor) -> Tensor:
+        """[B, T] -> [E]: the sum over each sequence's supervised targets, differentiable."""
+        kept = values[self.mask]
+        return kept.new_zeros(self.num_sequences).index_add(0, self.segment[self.mask], kept)
+
+    def targets_by_sequence(self) -> Tensor:
+        """[E] float: how many supervised targets each sequence has."""
+        return self.sum_by_sequence(torch.ones_like(self.mask, dtype=torch.float32))
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of a transformers model. Packed rows pass positions and no attention mask:
@@ -106,12 +159,39 @@ class Batch:
 
 @dataclass(kw_only=True)
 class TeacherView:
-    """The teacher's own prompt or tokenizer: its ids, and which of its positions scores which target."""
+    """The teacher's own prompt or tokenizer: its ids, and which of its positions scores which target.
+
+    With another tokenizer, a span is the shortest stretch of the answer's bytes that both tokenizers cut alike: one or
+    more of the student's targets beside one or more of the teacher's. `position` then says where the teacher predicts
+    what begins at the same byte, so it is set at the first target of each span.
+    """
 
     input_ids: Tensor  # [B, T']
     attention_mask: Tensor  # [B, T']
     position: Tensor  # [B, T] index into T' of the prediction for `targets[b, t]`; -1 where none
     position_ids: Tensor | None = None
+    # with another tokenizer only
+    targets: Tensor | None = None  # [B, T'] already shifted
+    mask: Tensor | None = None  # [B, T'] bool, True where the teacher's target is of the answer
+    span: Tensor | None = None  # [B, T] the span (0..S-1, counted through the batch) of the student's target; -1 none
+    teacher_span: Tensor | None = None  # [B, T'] the span of the teacher's target; -1 none
+
+    @property
+    def foreign(self) -> bool:
+        """Whether the teacher has another tokenizer."""
+        return self.targets is not None
+
+    def exact(self) -> Tensor:
+        """[B, T] bool: where a span is one target of the student and one of the teacher, so that both stand for the
+        same bytes after the same bytes."""
+        assert self.span is not None, "spans exist with another tokenizer only"
+        assert self.teacher_span is not None, "spans exist with another tokenizer only"
+        size = 1 + int(max(self.span.max(), self.teacher_span.max()))
+        of_student, of_teacher = (
+            torch.bincount(span[span >= 0], minlength=size) for span in (self.span, self.teacher_span)
+        )
+        single = (of_student == 1) & (of_teacher == 1)
+        return (self.span >= 0) & single[self.span.clamp(min=0)]
 
     def to(self, device: torch.device | str) -> TeacherView:
         return replace(self, **_moved(self, device))
@@ -130,19 +210,36 @@ class TopK:
     temperature: float = 1.0
 
 
+@dataclass(frozen=True, kw_only=True)
+class Relations:
+    """What one attention layer compares, before positions are rotated in."""
+
+    queries: Tensor  # [B, T, H, D / H]
+    keys: Tensor  # [B, T, H', D / H], H' < H with grouped queries
+    values: Tensor  # [B, T, H', D / H]
+
+
 @dataclass(kw_only=True)
 class TeacherSignal:
     """What a teacher says of a batch; what nobody needs is None. Never dense logits of a whole batch:
-    `hidden` and `head` give them chunk by chunk, and `logits` is set only inside one chunk."""
+    `hidden` and `head` give them chunk by chunk, and `logits` is set only inside one chunk.
+
+    All but `own_*` is at the student's positions, 0 where `TeacherView.position` is -1.
+    """
 
     hidden: Tensor | None = None  # [B, T, D] before the head
     head: Head | None = None
     logits: Tensor | None = None  # [1, C, V] float32, of the chunk at hand
     topk: TopK | None = None
     logprobs: Tensor | None = None  # [B, T] of the targets
-    hidden_states: tuple[Tensor, ...] | None = None  # per layer [B, T, D]
+    hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] after the embedding, then after each layer
+    attentions: tuple[Tensor, ...] | None = None  # per layer [B, H, T, T]
+    relations: tuple[Relations, ...] | None = None  # per layer
+    embedding: Tensor | None = None  # [V', D] of the input ids; with HIDDEN
     reward: Tensor | None = None  # [E]
     reference_logprobs: Tensor | None = None  # [B, T]
+    own_hidden: Tensor | None = None  # [B, T', D] before the head, at the teacher's positions: another tokenizer's
+    own_logprobs: Tensor | None = None  # [B, T'] of `TeacherView.targets`: another tokenizer's, with LOGPROBS
     _log_softmax: dict[float, Tensor] = field(default_factory=dict, repr=False)
 
     def log_p(self, temperature: float = 1.0) -> Tensor | None:
@@ -152,17 +249,34 @@ class TeacherSignal:
 
 @dataclass(kw_only=True)
 class StudentOutput:
-    """What the student computed. Token objectives see one chunk of C supervised targets as B=1, T=C."""
+    """What the student computed, with a graph. Scope CHUNK sees one chunk of C supervised targets as B=1, T=C."""
 
-    logits: Tensor | None = None  # [1, C, V] float32, of the chunk at hand
-    logprobs: Tensor | None = None  # [B, T] of the targets, with a graph
-    hidden_states: tuple[Tensor, ...] | None = None
+    logits: Tensor | None = None  # [1, C, V] float32, of the chunk at hand: scope CHUNK
+    logprobs: Tensor | None = None  # [B, T] float32 of the targets, 0 where not supervised: scope LOGPROBS
+    hidden: Tensor | None = None  # [B, T, D] before the head: scope STATES, as all below
+    head: Head | None = None
+    hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] after the embedding, then after each layer
+    attentions: tuple[Tensor, ...] | None = None  # per layer [B, H, T, T]
+    relations: tuple[Relations, ...] | None = None  # per layer
+    embedding: Tensor | None = None  # [V', D] of the input ids
     _log_softmax: dict[float, Tensor] = field(default_factory=dict, repr=False)
 
     def log_q(self, temperature: float = 1.0) -> Tensor:
         """log softmax(logits / temperature), [1, C, V]; computed once per temperature and chunk."""
         assert self.logits is not None, "logits exist only inside a chunk"
         return _log_softmax(self.logits, temperature, self._log_softmax)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The numbers of a model that objectives depend on, known before its weights are loaded."""
+
+    layers: int
+    width: int  # D of the hidden states
+    heads: int
+    kv_heads: int  # H', fewer than `heads` with grouped queries
+    head_width: int
+    vocab_size: int  # real ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +315,7 @@ class Stateful:
 class Teacher(ABC):
     """The frozen model one learns from. Weights are loaded by `load`, so that a config can be checked first."""
 
-    provides: ClassVar[Need] = Need.NOTHING
+    provides: Need = Need.NOTHING
     tokenizer: Any = None  # a transformers tokenizer, from `load_tokenizer` on; None for `teacher=none`
 
     def load_tokenizer(self) -> Any:
@@ -210,6 +324,10 @@ class Teacher(ABC):
 
     def load(self, device: torch.device) -> None:
         """Load weights and tokenizer. Called once on every rank, before the first `annotate`."""
+
+    def shape(self) -> ModelShape | None:
+        """The model's shape, without loading weights; None where it has no layers to see."""
+        return None
 
     @abstractmethod
     def annotate(self, batch: Batch, needs: Need) -> TeacherSignal:
@@ -224,6 +342,7 @@ class Student(nn.Module, ABC):
     head: Head
     dtype: str = "float32"  # of the parameters a StudentInit makes
     attention: str | None = None  # transformers' attn_implementation
+    provides: Need = Need.NOTHING  # of HIDDEN, ATTENTION and RELATIONS, what `states` can give
 
     def load_tokenizer(self) -> Any:
         """Load and return the tokenizer alone."""
@@ -242,33 +361,69 @@ class Student(nn.Module, ABC):
     def forward(self, batch: Batch) -> Tensor:
         """Hidden states before the head, [B, T, D], with a graph when gradients are on."""
 
+    def states(self, batch: Batch, needs: Need) -> StudentOutput:
+        """`hidden`, and what `needs` has of HIDDEN, ATTENTION and RELATIONS, of one pass through the model."""
+        assert not needs & (Need.HIDDEN | Need.ATTENTION | Need.RELATIONS), f"{type(self).__name__} gives no layers"
+        return StudentOutput(hidden=self(batch))
+
+    def shape(self) -> ModelShape | None:
+        """The model's shape, without loading weights; None where a StudentInit makes it."""
+        return None
+
 
 class StudentInit(ABC):
     """How the student's weights begin. `student` is changed in place, or its `model` replaced."""
+
+    def shape(self, student: Student, teacher: Teacher) -> ModelShape | None:
+        """The shape the student will have, without loading weights; by default its own."""
+        return student.shape()
 
     @abstractmethod
     def __call__(self, student: Student, teacher: Teacher) -> None: ...
 
 
 class Objective(nn.Module, ABC):
-    """A loss, unreduced: one number per target, or per example. Masks, sums, counts, weights and logs are the
-    Distiller's. Subclasses set `needs` and `unit` and take keyword-only settings."""
+    """A loss, unreduced: one number per target, per sequence or per group. Masks, sums, counts, weights and logs are
+    the Distiller's. Subclasses say what they are by the attributes below and take keyword-only settings.
 
-    needs: ClassVar[Need] = Need.NOTHING
+    A setting is kept under its own name as a plain attribute and read when it is used: a schedule may change it
+    between steps. Parameters that an objective learns are trained and saved with the run.
+    """
+
+    needs: Need = Need.NOTHING  # of the teacher, and of the student's layers (HIDDEN, ATTENTION, RELATIONS)
     unit: ClassVar[Unit] = Unit.TOKEN
+    scope: ClassVar[Scope] = Scope.CHUNK
+    columns: ClassVar[frozenset[str]] = frozenset()  # what its data must have: of "rejected", "score", "group"
+    cross_tokenizer: ClassVar[bool] = False  # compares the models although their tokenizers differ
 
-    def __init__(self, *, weight: float = 1.0, domains: Sequence[str] = ()) -> None:
+    def __init__(self, *, weight: float = 1.0, domains: Sequence[str] = (), reduction: Reduction = "token") -> None:
         super().__init__()
         self.weight = weight
         self.domains = tuple(domains)  # train on these domains only; empty is all
+        self.reduction = reduction  # of unit TOKEN; the mean over units otherwise
+
+    def fit(self, student: ModelShape, teacher: ModelShape | None) -> None:
+        """Make the parameters whose size depends on the models; called once, before training, and before any weights
+        load where both shapes are known. Raises ConfigError, such as for layers that do not exist."""
+        del student, teacher
+
+    def units(self, batch: Batch) -> Tensor:
+        """Which units this objective has a number for, bool: [B, T], [E] or [G]. The Distiller leaves out what is not
+        supervised or of other domains. By default all, but of a preference pair's worse answer no target."""
+        if self.unit is Unit.TOKEN:
+            if batch.rejected is None:
+                return torch.ones_like(batch.mask)
+            return ~batch.rejected[batch.segment.clamp(min=0)]
+        number = batch.num_sequences if self.unit is Unit.SEQUENCE else int(batch.groups().max()) + 1
+        return torch.ones(number, dtype=torch.bool, device=batch.mask.device)
 
     @abstractmethod
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
-        """Values [B, T] (unit TOKEN) or [B] (unit SEQUENCE), in nats, with a graph to the student."""
+        """Values [B, T], [E] or [G] (`unit`), in nats, with a graph to the student; finite wherever `units` says."""
 
     def closed_form(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> tuple[Tensor, Tensor] | None:
-        """Values [B, T] and their gradient with respect to the student's logits [B, T, V], or None to use
-        autograd. Called without a graph; must equal what autograd gives through `forward`."""
+        """Scope CHUNK: values [1, C] and their gradient with respect to the student's logits [1, C, V], or None to
+        use autograd. Called without a graph; must equal what autograd gives through `forward`."""
         return None
 
 

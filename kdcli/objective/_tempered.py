@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Unpack
 
 from torch import Tensor
 
-from kdcli.api import Need, Objective, TeacherSignal
+from kdcli.api import Need, Objective, TeacherSignal, TokenSettings
 from kdcli.errors import ConfigError
 
 TemperatureScale = Literal["none", "t2"]
+
+
+class TemperedSettings(TokenSettings, total=False):
+    """Settings of every loss of two distributions at a temperature."""
+
+    temperature: float
+    temperature_scale: TemperatureScale
 
 
 class Tempered(Objective):
@@ -30,12 +36,11 @@ class Tempered(Objective):
     def __init__(
         self,
         *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
         temperature: float = 1.0,
         temperature_scale: TemperatureScale = "none",
+        **settings: Unpack[TokenSettings],
     ) -> None:
-        super().__init__(weight=weight, domains=domains)
+        super().__init__(**settings)
         if not temperature > 0:
             raise ConfigError(f"{type(self).__name__}: temperature is {temperature}; set a number above 0")
         self.temperature = temperature

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
 from kdcli.errors import ConfigError
-from kdcli.objective._divergence import Divergence, TemperatureScale
+from kdcli.objective._divergence import Divergence
+from kdcli.objective._tempered import TemperedSettings
 from kdcli.ops import divergence
 
 
@@ -23,13 +24,10 @@ class GeneralizedJSD(Divergence):
     def __init__(
         self,
         *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
-        temperature: float = 1.0,
-        temperature_scale: TemperatureScale = "none",
         beta: float = 0.5,
+        **settings: Unpack[TemperedSettings],
     ) -> None:
-        super().__init__(weight=weight, domains=domains, temperature=temperature, temperature_scale=temperature_scale)
+        super().__init__(**settings)
         if not 0 < beta < 1:
             raise ConfigError(
                 f"GeneralizedJSD: beta is {beta}, where the divergence is 0 for every student; choose 0 < beta < 1, "
