@@ -46,7 +46,7 @@ class ToyStudent(Student):
 
 
 class ToyTeacher(Teacher):
-    provides = Need.DISTRIBUTION
+    provides = Need.DISTRIBUTION | Need.LOGITS
 
     def __init__(self, model: Any, vocab_size: int | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
@@ -54,7 +54,7 @@ class ToyTeacher(Teacher):
 
     @torch.no_grad()
     def annotate(self, batch: Batch, needs: Need) -> TeacherSignal:
-        if not needs & Need.DISTRIBUTION:
+        if not needs & (Need.DISTRIBUTION | Need.LOGITS):
             return TeacherSignal()
         hidden = self.model.base_model(**batch.model_inputs()).last_hidden_state
         return TeacherSignal(hidden=hidden, head=self.head)

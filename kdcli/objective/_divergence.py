@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Unpack
 
 from torch import Tensor
 
 from kdcli.api import Batch, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._tempered import TemperatureScale, Tempered
-from kdcli.ops.support import on_support
+from kdcli.objective._tempered import Tempered, TemperedSettings
+from kdcli.ops.support import Missing, on_support
 
-__all__ = ["Divergence", "TemperatureScale"]
+
+class DivergenceSettings(TemperedSettings, total=False):
+    """Settings of every divergence."""
+
+    missing: Missing
 
 
 class Divergence(Tempered):
-    """D(p, q) per target, where a sparse teacher's p and q are over its K ids and "the rest"."""
+    """D(p, q) per target, where a sparse teacher's p and q are over its K ids and "the rest".
+
+    `missing` says what the rest is, where a teacher gives K ids only (METHODS D11): `tail`, one symbol more, so that
+    an f-divergence is a lower bound of the dense one; `renormalize`, left out on both sides, which then compare what
+    is given that it is one of the K; `teacher_only`, of probability 0 to the teacher, whose K are renormalized, and
+    one symbol of the student's. DistillKit calls them SYMMETRIC_UNIFORM, none, ZERO; TRL's `add_tail` is tail or
+    renormalize. The raw sum over K ids that some code takes falls below 0 and is not offered. Where the teacher's
+    rest counts as 0 (`teacher_only`) it is held at e^-100: only then are divergences that divide by p finite.
+    """
+
+    def __init__(self, *, missing: Missing = "tail", **settings: Unpack[TemperedSettings]) -> None:
+        super().__init__(**settings)
+        self.missing: Missing = missing
 
     @abstractmethod
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -35,7 +52,7 @@ class Divergence(Tempered):
                     f"{type(self).__name__}: temperature is {self.temperature} but the teacher's log-probabilities "
                     f"were stored at {teacher.topk.temperature}; set the same, or store them again"
                 )
-            pair = on_support(log_q, ids=teacher.topk.ids, logprobs=teacher.topk.logprobs)
+            pair = on_support(log_q, ids=teacher.topk.ids, logprobs=teacher.topk.logprobs, missing=self.missing)
         return self.scale * self.divergence(*pair)
 
     def closed_form(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> tuple[Tensor, Tensor] | None:

@@ -10,6 +10,7 @@ from kdcli.api import Need, Objective, TeacherSignal, TokenSettings
 from kdcli.errors import ConfigError
 
 TemperatureScale = Literal["none", "t2"]
+Vocabulary = Literal["shared", "error"]
 
 
 class TemperedSettings(TokenSettings, total=False):
@@ -17,13 +18,17 @@ class TemperedSettings(TokenSettings, total=False):
 
     temperature: float
     temperature_scale: TemperatureScale
+    vocabulary: Vocabulary
 
 
 class Tempered(Objective):
     """A loss of p = softmax(y / T) and q = softmax(z / T).
 
     `temperature_scale`: `t2` multiplies value and gradient by T squared (Hinton et al. 2015, so that the gradient's
-    size does not depend on T); `none` leaves both alone. Raises ConfigError if the temperature is not positive.
+    size does not depend on T); `none` leaves both alone. `vocabulary`, of models that have unequally many real ids
+    (padded rows of an embedding are none): `shared` cuts both to the ids that both have, before any softmax; `error`
+    refuses them. The Distiller cuts and refuses: an objective sees equal vocabularies. Raises ConfigError if the
+    temperature is not positive.
 
     What a subclass says of itself here, `kdcli verify` holds it to.
     """
@@ -38,13 +43,20 @@ class Tempered(Objective):
         *,
         temperature: float = 1.0,
         temperature_scale: TemperatureScale = "none",
+        vocabulary: Vocabulary = "shared",
         **settings: Unpack[TokenSettings],
     ) -> None:
         super().__init__(**settings)
         if not temperature > 0:
             raise ConfigError(f"{type(self).__name__}: temperature is {temperature}; set a number above 0")
         self.temperature = temperature
-        self.scale = temperature**2 if temperature_scale == "t2" else 1.0
+        self.temperature_scale = temperature_scale
+        self.vocabulary = vocabulary
+
+    @property
+    def scale(self) -> float:
+        """What multiplies the value: T squared, or 1."""
+        return self.temperature**2 if self.temperature_scale == "t2" else 1.0
 
     def dense_log_p(self, teacher: TeacherSignal) -> Tensor:
         """log p over the whole vocabulary, [1, C, V]. Raises ConfigError for a teacher that gives top-k only."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
 from kdcli.errors import ConfigError
-from kdcli.objective._divergence import Divergence, TemperatureScale
+from kdcli.objective._divergence import Divergence, DivergenceSettings
 from kdcli.ops import divergence
 
 
@@ -21,17 +21,8 @@ class AlphaBeta(Divergence):
     value has no bound where the supports differ: saturated models overflow. Raises ConfigError if one is not finite.
     """
 
-    def __init__(
-        self,
-        *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
-        temperature: float = 1.0,
-        temperature_scale: TemperatureScale = "none",
-        alpha: float = 0.2,
-        beta: float = 0.7,
-    ) -> None:
-        super().__init__(weight=weight, domains=domains, temperature=temperature, temperature_scale=temperature_scale)
+    def __init__(self, *, alpha: float = 0.2, beta: float = 0.7, **settings: Unpack[DivergenceSettings]) -> None:
+        super().__init__(**settings)
         if not (math.isfinite(alpha) and math.isfinite(beta)):
             raise ConfigError(f"AlphaBeta: alpha is {alpha} and beta is {beta}; set finite numbers")
         self.alpha = alpha

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Objective, StudentOutput, TeacherSignal
+from kdcli.api import Batch, Objective, StudentOutput, TeacherSignal, TokenSettings
 from kdcli.errors import ConfigError
 
 
 class CrossEntropy(Objective):
-    """(1 - e) (-log q_y) + e mean_v(-log q_v), e = `label_smoothing` (arXiv:1512.00567, section 7, over all V)."""
+    """(1 - e) (-log q_y) + e mean_v(-log q_v), e = `label_smoothing` (arXiv:1512.00567, section 7, over all V).
 
-    def __init__(self, *, weight: float = 1.0, domains: Sequence[str] = (), label_smoothing: float = 0.0) -> None:
-        super().__init__(weight=weight, domains=domains)
+    The same as torch's and transformers' `label_smoothing`; fairseq spreads e over the V - 1 other ids. Raises
+    ConfigError if e is not in [0, 1).
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0, **settings: Unpack[TokenSettings]) -> None:
+        super().__init__(**settings)
         if not 0 <= label_smoothing < 1:
             raise ConfigError(f"CrossEntropy: label_smoothing is {label_smoothing}; set a share in [0, 1)")
         self.label_smoothing = label_smoothing

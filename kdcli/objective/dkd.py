@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
-from kdcli.api import Batch, StudentOutput, TeacherSignal
+from kdcli.api import Batch, Need, StudentOutput, TeacherSignal, TokenSettings
 from kdcli.errors import ConfigError
-from kdcli.objective._tempered import TemperatureScale, Tempered
+from kdcli.objective._tempered import TemperatureScale, Tempered, Vocabulary
 from kdcli.ops import divergence
 
 
@@ -20,17 +20,21 @@ class DKD(Tempered):
     logit. Needs the whole vocabulary: raises ConfigError for a teacher that gives top-k only, or for a negative factor.
     """
 
+    needs = Need.LOGITS
+
     def __init__(
         self,
         *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
-        temperature: float = 4.0,
-        temperature_scale: TemperatureScale = "t2",
         alpha: float = 1.0,
         beta: float = 8.0,
+        temperature: float = 4.0,
+        temperature_scale: TemperatureScale = "t2",
+        vocabulary: Vocabulary = "shared",
+        **settings: Unpack[TokenSettings],
     ) -> None:
-        super().__init__(weight=weight, domains=domains, temperature=temperature, temperature_scale=temperature_scale)
+        super().__init__(
+            temperature=temperature, temperature_scale=temperature_scale, vocabulary=vocabulary, **settings
+        )
         if not (alpha >= 0 and beta >= 0):
             raise ConfigError(f"DKD: alpha is {alpha} and beta is {beta}; set factors of at least 0")
         self.alpha = alpha

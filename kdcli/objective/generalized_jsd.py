@@ -7,8 +7,7 @@ from typing import Unpack
 from torch import Tensor
 
 from kdcli.errors import ConfigError
-from kdcli.objective._divergence import Divergence
-from kdcli.objective._tempered import TemperedSettings
+from kdcli.objective._divergence import Divergence, DivergenceSettings
 from kdcli.ops import divergence
 
 
@@ -21,12 +20,7 @@ class GeneralizedJSD(Divergence):
 
     f_divergence = True
 
-    def __init__(
-        self,
-        *,
-        beta: float = 0.5,
-        **settings: Unpack[TemperedSettings],
-    ) -> None:
+    def __init__(self, *, beta: float = 0.5, **settings: Unpack[DivergenceSettings]) -> None:
         super().__init__(**settings)
         if not 0 < beta < 1:
             raise ConfigError(

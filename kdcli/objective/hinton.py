@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
-from kdcli.objective._divergence import Divergence, TemperatureScale
+from kdcli.api import TokenSettings
+from kdcli.objective._divergence import Divergence
+from kdcli.objective._tempered import TemperatureScale, Vocabulary
 from kdcli.ops import divergence
+from kdcli.ops.support import Missing
 
 
 class Hinton(Divergence):
@@ -21,12 +24,19 @@ class Hinton(Divergence):
     def __init__(
         self,
         *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
         temperature: float = 4.0,
         temperature_scale: TemperatureScale = "t2",
+        vocabulary: Vocabulary = "shared",
+        missing: Missing = "tail",
+        **settings: Unpack[TokenSettings],
     ) -> None:
-        super().__init__(weight=weight, domains=domains, temperature=temperature, temperature_scale=temperature_scale)
+        super().__init__(
+            temperature=temperature,
+            temperature_scale=temperature_scale,
+            vocabulary=vocabulary,
+            missing=missing,
+            **settings,
+        )
 
     def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return divergence.forward_kl(log_p, log_q)

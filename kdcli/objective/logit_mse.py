@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kdcli.api import Batch, StudentOutput, TeacherSignal
+from kdcli.api import Batch, Need, StudentOutput, TeacherSignal
 from kdcli.objective._tempered import Tempered
 from kdcli.ops import divergence
 
@@ -16,6 +16,8 @@ class LogitMSE(Tempered):
     logits of a token first: a softmax does not see a common offset, and neither does this loss. `temperature_scale:
     t2` makes T cancel. Needs the whole vocabulary: raises ConfigError for a teacher that gives top-k only.
     """
+
+    needs = Need.LOGITS
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
         return self.scale * divergence.logit_mse(self.dense_log_p(teacher), student.log_q(self.temperature))

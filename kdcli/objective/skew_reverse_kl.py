@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
 from kdcli.errors import ConfigError
-from kdcli.objective._divergence import Divergence, TemperatureScale
+from kdcli.objective._divergence import Divergence, DivergenceSettings
 from kdcli.ops import divergence
 
 
@@ -22,16 +22,9 @@ class SkewReverseKL(Divergence):
     f_divergence = True
 
     def __init__(
-        self,
-        *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
-        temperature: float = 1.0,
-        temperature_scale: TemperatureScale = "none",
-        alpha: float = 0.1,
-        detach_mixture: bool = False,
+        self, *, alpha: float = 0.1, detach_mixture: bool = False, **settings: Unpack[DivergenceSettings]
     ) -> None:
-        super().__init__(weight=weight, domains=domains, temperature=temperature, temperature_scale=temperature_scale)
+        super().__init__(**settings)
         if not 0 <= alpha < 1:
             raise ConfigError(f"SkewReverseKL: alpha is {alpha}; set the student's share of the mixture, in [0, 1)")
         self.alpha = alpha

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Unpack
 
 from torch import Tensor
 
 from kdcli.errors import ConfigError
-from kdcli.objective._divergence import Divergence, TemperatureScale
+from kdcli.objective._divergence import Divergence, DivergenceSettings
 from kdcli.ops import divergence
 
 
@@ -21,16 +21,8 @@ class SymmetricKL(Divergence):
 
     f_divergence = True
 
-    def __init__(
-        self,
-        *,
-        weight: float = 1.0,
-        domains: Sequence[str] = (),
-        temperature: float = 1.0,
-        temperature_scale: TemperatureScale = "none",
-        forward_weight: float = 0.5,
-    ) -> None:
-        super().__init__(weight=weight, domains=domains, temperature=temperature, temperature_scale=temperature_scale)
+    def __init__(self, *, forward_weight: float = 0.5, **settings: Unpack[DivergenceSettings]) -> None:
+        super().__init__(**settings)
         if not 0 <= forward_weight <= 1:
             raise ConfigError(f"SymmetricKL: forward_weight is {forward_weight}; set a share in [0, 1]")
         self.forward_weight = forward_weight

@@ -20,7 +20,7 @@ class HFTeacher(Teacher):
     real ids. Its arithmetic is `dtype`'s, whatever the student is trained in.
     """
 
-    provides = Need.DISTRIBUTION | Need.LOGPROBS | Need.HIDDEN
+    provides = Need.DISTRIBUTION | Need.LOGITS | Need.LOGPROBS | Need.HIDDEN
 
     def __init__(
         self,

@@ -103,7 +103,7 @@ class Candidate:
         objective = self.make()
         if objective.unit is not Unit.TOKEN:
             return "it is not a loss per target"
-        other = objective.needs & ~(Need.DISTRIBUTION | Need.LOGPROBS)
+        other = objective.needs & ~(Need.DISTRIBUTION | Need.LOGITS | Need.LOGPROBS)
         return f"it needs the teacher's {str(other.name).lower()}" if other else None
 
 

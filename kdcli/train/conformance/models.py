@@ -56,7 +56,7 @@ class TinyStudent(Student):
 class TinyTeacher(Teacher):
     """A wider one of the same kind, frozen. `padding`: what stands in the rows that are no tokens."""
 
-    provides = Need.DISTRIBUTION | Need.LOGPROBS
+    provides = Need.DISTRIBUTION | Need.LOGITS | Need.LOGPROBS
 
     def __init__(self, *, padding: float | None = None) -> None:
         self.model = TinyStudent(seed=2, width=12, tied=False).requires_grad_(False)

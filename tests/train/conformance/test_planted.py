@@ -104,9 +104,9 @@ class T2InValueOnly(ForwardKL):
 class T2Forgotten(Plain):
     """temperature_scale is a flag that does nothing."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.scale = 1.0
+    @property
+    def scale(self) -> float:
+        return 1.0
 
 
 class StudentTemperatureOnly(Plain):
