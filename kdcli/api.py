@@ -407,6 +407,10 @@ class Objective(nn.Module, ABC):
         load where both shapes are known. Raises ConfigError, such as for layers that do not exist."""
         del student, teacher
 
+    def match(self, student: Any, teacher: Any) -> None:
+        """See both tokenizers, once, before training: what ids mean on either side."""
+        del student, teacher
+
     def units(self, batch: Batch) -> Tensor:
         """Which units this objective has a number for, bool: [B, T], [E] or [G]. The Distiller leaves out what is not
         supervised or of other domains. By default all, but of a preference pair's worse answer no target."""

@@ -37,9 +37,9 @@ class Head:
             softcap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def cut(self, vocab_size: int) -> Head:
-        """The same head over the first `vocab_size` ids."""
-        return replace(self, vocab_size=min(self.vocab_size, vocab_size))
+    def cut(self, vocab_size: int | None) -> Head:
+        """The same head over the first `vocab_size` ids; None is all."""
+        return self if vocab_size is None else replace(self, vocab_size=min(self.vocab_size, vocab_size))
 
     def cast(self, dtype: torch.dtype) -> Head:
         """The same head over the real ids only, its weight detached and in `dtype`: for use on many chunks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,11 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdcli.api import Batch, Need, Objective, Scores, Student, StudentOutput, Teacher, TeacherSignal, TopK, Unit
-from kdcli.errors import ConfigError
+from kdcli.api import (
+    Batch,
+    Need,
+    Objective,
+    Relations,
+    Scope,
+    Scores,
+    Student,
+    StudentOutput,
+    Teacher,
+    TeacherSignal,
+    TopK,
+)
 from kdcli.ops import divergence
-from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss
+from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, target_logprobs
 from kdcli.ops.head import Head
+from kdcli.train.shares import counts_of, share_of
+
+LAYERS = Need.HIDDEN | Need.ATTENTION | Need.RELATIONS  # what is asked of the student's layers too
 
 
 class Distiller(nn.Module):
@@ -22,26 +37,32 @@ class Distiller(nn.Module):
 
     Supervised targets are gathered before the head, so masked ones cost no head FLOPs, and the head is applied to
     chunks of them (kdcli.ops.chunked). `chunk`: targets per chunk; by default what fits a fixed buffer.
+    `foreign`: the teacher has another tokenizer, so its logits are not compared id by id.
     """
 
     def __init__(
-        self, student: Student, teacher: Teacher, objectives: Mapping[str, Objective], chunk: int | None = None
+        self,
+        student: Student,
+        teacher: Teacher,
+        objectives: Mapping[str, Objective],
+        chunk: int | None = None,
+        *,
+        foreign: bool = False,
     ) -> None:
         super().__init__()
-        for name, objective in objectives.items():
-            if objective.unit is not Unit.TOKEN or objective.needs & (Need.HIDDEN | Need.ATTENTION):
-                raise ConfigError(
-                    f"objective.{name}: {type(objective).__name__} is not a loss per target on the models' logits, "
-                    "which is all this version trains; choose one of `kdcli ls objective`"
-                )
+        _fit(objectives, student, teacher)
         self.student = student
         # Neither are submodules. An engine that shards parameters (ZeRO-3) follows the order in which modules run, and
         # how often an objective runs depends on a rank's targets: ranks would wait for each other for ever. What
         # objectives learn belongs to the gathered head, which runs once.
         self._objectives = [dict(objectives)]
-        self.gathered_head = _GatheredHead(student.head, objectives)
         self.chunk = chunk
+        self.foreign = foreign
         self._teacher = [teacher]
+        self.gathered_head = _GatheredHead(student, self.needs, objectives)
+        # As the student begins: a checkpoint is loaded after this, and must not change what it is compared with.
+        reference = copy.deepcopy(student).eval().requires_grad_(False) if Need.REFERENCE in self.needs else None
+        self._reference = [reference]
 
     @property
     def teacher(self) -> Teacher:
@@ -60,8 +81,8 @@ class Distiller(nn.Module):
         return needs
 
     def count(self, batch: Batch) -> dict[str, float]:
-        """Units of each term in this micro-batch, and its supervised `tokens`."""
-        counts = {name: float(_selected(batch, term).sum()) for name, term in self.terms.items()}
+        """What each term's sum is divided by, of this micro-batch, and its supervised `tokens`."""
+        counts = {name: counts_of(batch, term) for name, term in self.terms.items()}
         return counts | {"tokens": float(batch.mask.sum())}
 
     def forward(self, batch: Batch, counts: Mapping[str, float] | None = None, mode: str = "train") -> Any:
@@ -74,28 +95,56 @@ class Distiller(nn.Module):
         return self._train(batch, counts)
 
     def _train(self, batch: Batch, counts: Mapping[str, float]) -> tuple[Tensor, dict[str, float]]:
-        signal = self.teacher.annotate(batch, self.needs)
-        hidden = self.student(batch)[batch.mask]  # [N, D]
-        loss = _TermsLoss(self.terms, batch, signal, counts, self._shared(signal))
+        signal = self._annotated(batch)
+        states = self.student.states(batch, self.needs & LAYERS)
+        chunked = {name: term for name, term in self.terms.items() if term.scope is Scope.CHUNK}
+        whole = {name: term for name, term in self.terms.items() if term.scope is not Scope.CHUNK}
+        loss = _ChunkTerms(chunked, batch, signal, counts, self._shared(batch, signal))
+        metrics: dict[str, float] = {}
 
-        def run(hidden: Tensor, head: Head) -> Tensor:
-            chunk = self.chunk or chunk_size(head.vocab_size, hidden.device)
-            return head_loss(hidden, head.cut(loss.vocab_size), loss, chunk, loss.parameters)
+        def run(head: Head, embedding: Tensor | None, states: StudentOutput) -> Tensor:
+            assert states.hidden is not None, "a student gives its last hidden states"
+            size = self.chunk or chunk_size(head.vocab_size, states.hidden.device)
+            # Without a chunked term the head's part is 0 with a graph: all ranks and stages see the same gradients.
+            hidden = states.hidden[batch.mask] if chunked else states.hidden.flatten(0, 1)[:0]
+            total = head_loss(hidden, head.cut(loss.vocab_size), loss, size, loss.parameters) / loss.unit_scale
+            if whole:
+                student = _seen(whole, batch, states, head, embedding, size)
+                for name, term in whole.items():
+                    mean = _mean(term, counts[name], batch, student, signal)
+                    metrics[f"loss/{name}"] = float(mean.detach())
+                    total = total + term.weight * mean
+            return total
 
-        total = self.gathered_head(hidden, run) / loss.unit_scale
-        return total, loss.metrics() | {"loss/total": float(total.detach())}
+        total = self.gathered_head(run, states, *_tensors(states))
+        told = loss.metrics() | metrics
+        return total, {name: told[name] for name in map("loss/{}".format, self.terms)} | {
+            "loss/total": float(total.detach())
+        }
+
+    def _annotated(self, batch: Batch) -> TeacherSignal:
+        """The teacher's signal, with the reference's log-probabilities where a term needs them."""
+        signal = self.teacher.annotate(batch, self.needs & ~Need.REFERENCE)
+        reference = self._reference[0]
+        if reference is None:
+            return signal
+        with torch.no_grad():
+            hidden, head = reference(batch)[batch.mask], reference.head
+            size = self.chunk or chunk_size(head.vocab_size, hidden.device)
+            values = target_logprobs(hidden, head, batch.targets[batch.mask], size)
+        return replace(signal, reference_logprobs=_spread(values, batch.mask))
 
     def _score(self, batch: Batch) -> Scores:
-        dense = bool(self.teacher.provides & Need.DISTRIBUTION)
+        dense = bool(self.teacher.provides & Need.DISTRIBUTION) and not self.foreign
         signal = self.teacher.annotate(batch, Need.DISTRIBUTION) if dense else TeacherSignal()
         hidden = self.student(batch)[batch.mask]
         gathered, teacher = _gather(batch), _gather_signal(signal, batch.mask)
-        vocab_size = self._shared(signal)
+        vocab_size = self._shared(batch, signal)
         columns: dict[str, list[Tensor]] = {"nll": [], "teacher_nll": [], "kl": [], "agree": []}
 
-        def run(hidden: Tensor, head: Head) -> Tensor:
+        def run(head: Head, embedding: Tensor | None, states: StudentOutput) -> Tensor:
             head = head.cut(vocab_size).cast(compute_dtype(hidden, head.weight))
-            size = self.chunk or chunk_size(vocab_size, hidden.device)
+            size = self.chunk or chunk_size(head.vocab_size, hidden.device)
             for start in range(0, hidden.shape[0], size):
                 window = slice(start, start + size)
                 targets = gathered.targets[:, window].unsqueeze(-1)
@@ -108,43 +157,113 @@ class Distiller(nn.Module):
                     columns["agree"].append((log_p.argmax(-1) == log_q.argmax(-1))[0].float())
             return hidden.new_zeros(())
 
-        self.gathered_head(hidden, run)
+        self.gathered_head(run, StudentOutput(hidden=hidden), hidden)
         empty = [hidden.new_zeros(0, dtype=torch.float32)]  # a batch without a target still has scores
+        known = columns if signal.head is not None else {"nll": columns["nll"]}
+        return Scores(**{name: _spread(torch.cat(empty + values), batch.mask) for name, values in known.items()})
 
-        def spread(values: list[Tensor]) -> Tensor:
-            return torch.zeros(batch.mask.shape, device=hidden.device).masked_scatter(
-                batch.mask, torch.cat(empty + values)
-            )
-
-        if signal.head is None:
-            return Scores(nll=spread(columns["nll"]))
-        return Scores(**{name: spread(values) for name, values in columns.items()})
-
-    def _shared(self, signal: TeacherSignal) -> int:
-        """The ids that both models have: vocabularies are cut to them before any softmax."""
+    def _shared(self, batch: Batch, signal: TeacherSignal) -> int | None:
+        """The ids that both models have: vocabularies are cut to them before any softmax. None: each its own."""
+        if self.foreign or (batch.teacher is not None and batch.teacher.foreign):
+            return None
         own = self.student.head.vocab_size
         return own if signal.head is None else min(own, signal.head.vocab_size)
 
 
+def _fit(objectives: Mapping[str, Objective], student: Student, teacher: Teacher) -> None:
+    """Let objectives see the models' shapes and tokenizers."""
+    shape = student.shape()
+    tokenizers = getattr(student, "tokenizer", None), teacher.tokenizer
+    for objective in objectives.values():
+        if shape is not None:
+            objective.fit(shape, teacher.shape())
+        if None not in tokenizers:
+            objective.match(*tokenizers)
+
+
 class _GatheredHead(nn.Module):
     """Owns the parameters of the head and of the objectives, so that an engine that shards them (ZeRO-3) has them
-    whole inside `forward`."""
+    whole inside `forward`; and again in the backward, until every tensor of `states` has its gradient, which is why
+    all are handed over one by one."""
 
-    def __init__(self, head: Head, objectives: Mapping[str, Objective]) -> None:
+    def __init__(self, student: Student, needs: Need, objectives: Mapping[str, Objective]) -> None:
         super().__init__()
-        self.head = head
-        self.weight = head.weight
-        self.bias = head.bias
+        self.head = student.head
+        self.weight = student.head.weight
+        self.bias = student.head.bias
+        model = getattr(student, "model", None)
+        self.embedding = model.get_input_embeddings().weight if model is not None and Need.HIDDEN in needs else None
         for term, objective in objectives.items():
             for name, parameter in objective.named_parameters():
                 self.register_parameter(f"{term}/{name}".replace(".", "/"), parameter)
 
-    def forward(self, hidden: Tensor, run: Callable[[Tensor, Head], Tensor]) -> Tensor:
-        return run(hidden, replace(self.head, weight=self.weight, bias=self.bias))
+    def forward(
+        self,
+        run: Callable[[Head, Tensor | None, StudentOutput], Tensor],
+        states: StudentOutput,
+        *tensors: Tensor,
+    ) -> Tensor:
+        head = replace(self.head, weight=self.weight, bias=self.bias)
+        embedding = states.embedding if self.embedding is None else self.embedding
+        given = iter(tensors)
+        return run(head, embedding, _mapped(states, lambda _: next(given)))
 
 
-class _TermsLoss:
-    """The summed loss of a chunk of targets over all terms, and its gradient (kdcli.ops.chunked.ChunkLoss).
+def _tensors(states: StudentOutput) -> list[Tensor]:
+    """What the layers computed, in the order in which `_mapped` comes to it."""
+    found: list[Tensor] = []
+    _mapped(states, lambda tensor: (found.append(tensor), tensor)[1])
+    return found
+
+
+def _mapped(states: StudentOutput, change: Callable[[Tensor], Tensor]) -> StudentOutput:
+    """The same states with each tensor that a layer computed changed."""
+
+    def each(tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
+        return None if tensors is None else tuple(map(change, tensors))
+
+    def related(one: Relations) -> Relations:
+        return Relations(queries=change(one.queries), keys=change(one.keys), values=change(one.values))
+
+    return replace(
+        states,
+        hidden=None if states.hidden is None else change(states.hidden),
+        hidden_states=each(states.hidden_states),
+        attentions=each(states.attentions),
+        relations=None if states.relations is None else tuple(map(related, states.relations)),
+    )
+
+
+def _seen(
+    terms: Mapping[str, Objective],
+    batch: Batch,
+    states: StudentOutput,
+    head: Head,
+    embedding: Tensor | None,
+    size: int,
+) -> StudentOutput:
+    """What terms of a whole micro-batch see of the student. The head is in the type that matmuls run in."""
+    hidden, logprobs = states.hidden, None
+    assert hidden is not None, "a student gives its last hidden states"
+    if any(term.scope is Scope.LOGPROBS for term in terms.values()):
+        values = target_logprobs(hidden[batch.mask], head, batch.targets[batch.mask], size)
+        logprobs = _spread(values, batch.mask)
+    cast = replace(head, weight=head.weight.to(compute_dtype(hidden, head.weight)))
+    return replace(states, head=cast, embedding=embedding, logprobs=logprobs)
+
+
+def _mean(term: Objective, count: float, batch: Batch, student: StudentOutput, signal: TeacherSignal) -> Tensor:
+    """The share of a term of scope LOGPROBS or STATES in the step's mean, ()."""
+    with torch.autocast(batch.mask.device.type, enabled=False):
+        values = term.forward(batch, student, signal)
+    share = share_of(batch, term, count)
+    kept = share > 0  # elsewhere a value may be anything, so it is left out and not multiplied by zero
+    return (values[kept] * share[kept]).sum()
+
+
+class _ChunkTerms:
+    """The summed loss of a chunk of targets over all terms of scope CHUNK, and its gradient
+    (kdcli.ops.chunked.ChunkLoss).
 
     Sums are scaled by `unit_scale` (the step's supervised targets) / count, so that gradients inside are of order
     one (float16 underflows otherwise); the caller divides by `unit_scale`.
@@ -156,17 +275,15 @@ class _TermsLoss:
         batch: Batch,
         signal: TeacherSignal,
         counts: Mapping[str, float],
-        vocab_size: int,
+        vocab_size: int | None,
     ) -> None:
         self.terms = terms
         self.vocab_size = vocab_size
         self.unit_scale = max(1.0, counts["tokens"])
         self.batch = _gather(batch)
         self.signal = _gather_signal(signal, batch.mask)
-        weight = batch.weight[self.batch.segment[0]]  # [N] of the target's example
-        self.share = {  # [N] what one target's value adds to the step's mean
-            name: weight * _selected(batch, term)[batch.mask] / max(1.0, counts[name]) for name, term in terms.items()
-        }
+        # [N] what one target's value adds to the step's mean
+        self.share = {name: share_of(batch, term, counts[name])[batch.mask] for name, term in terms.items()}
         self.sums = torch.zeros(len(terms), device=batch.mask.device)
         self.parameters = tuple(p for term in terms.values() for p in term.parameters() if p.requires_grad)
 
@@ -214,12 +331,9 @@ def _autograd(
     return value.detach(), filled[0], filled[1:]
 
 
-def _selected(batch: Batch, term: Objective) -> Tensor:
-    """[B, T] bool: the targets a term counts and sums."""
-    if not term.domains:
-        return batch.mask
-    allowed = torch.tensor([name in term.domains for name in batch.domain], device=batch.mask.device)
-    return batch.mask & allowed[batch.segment.clamp(min=0)]
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[N] of the supervised targets -> [B, T], 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def _gather(batch: Batch) -> Batch:
@@ -260,11 +374,13 @@ def _gather_signal(signal: TeacherSignal, mask: Tensor) -> TeacherSignal:
         logprobs=at(signal.logprobs),
         reference_logprobs=at(signal.reference_logprobs),
         hidden_states=None,
+        attentions=None,
+        relations=None,
         topk=None if topk is None else replace(topk, ids=topk.ids[mask][None], logprobs=topk.logprobs[mask][None]),
     )
 
 
-def _window(signal: TeacherSignal, window: slice, vocab_size: int) -> TeacherSignal:
+def _window(signal: TeacherSignal, window: slice, vocab_size: int | None) -> TeacherSignal:
     """Targets `window` of a gathered signal, with the chunk's logits where the teacher gives a distribution."""
 
     def at(values: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.ops.chunked import chunk_size, head_loss
+from kdcli.ops.chunked import chunk_size, head_loss, map_chunks, target_logprobs
 from kdcli.ops.divergence import forward_kl, forward_kl_gradient
 from kdcli.ops.head import Head
 
@@ -99,3 +99,52 @@ def test_autocast_runs_the_matmuls_in_its_type_and_keeps_gradients_in_the_weight
 @pytest.mark.parametrize("vocab_size", [4096, 49152, 151936, 262144])
 def test_chunks_fit_their_budget(vocab_size: int) -> None:
     assert 16 <= chunk_size(vocab_size, torch.device("cpu")) <= max(16, 2**27 // (4 * 6 * vocab_size))
+
+
+@pytest.mark.parametrize(
+    ("bias", "scale", "softcap", "chunk"),
+    list(itertools.product([False, True], [1.0, 0.3], [None, 5.0], [1, 5, 100])),
+)
+def test_target_logprobs_equal_the_dense_ones(bias: bool, scale: float, softcap: float | None, chunk: int) -> None:
+    hidden, head, _ = case(bias, scale, softcap)
+    inputs = [t for t in (hidden, head.weight, head.bias) if t is not None]
+    targets = torch.arange(N) % V
+    coefficient = torch.linspace(-1, 2, N)  # what the loss behind them sends back
+    dense = torch.log_softmax(head(hidden), -1).gather(-1, targets[:, None])[:, 0]
+    values = target_logprobs(hidden, head, targets, chunk)
+    torch.testing.assert_close(values, dense, rtol=1e-5, atol=1e-6)
+    expected = torch.autograd.grad((coefficient * dense.square()).sum(), inputs)
+    gradients = torch.autograd.grad((coefficient * values.square()).sum(), inputs)
+    for ours, reference in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_target_logprobs_of_no_targets_have_a_graph() -> None:
+    hidden, head, _ = case(True, 1.0, None)
+    values = target_logprobs(hidden[:0], head, torch.zeros(0, dtype=torch.long), 4)
+    assert values.shape == (0,)
+    assert torch.autograd.grad(values.sum(), [head.weight])[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_mapped_chunks_are_the_whole_in_value_and_gradient(size: int) -> None:
+    hidden, head, log_p = case(True, 0.3, 5.0)
+
+    def both(h: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        log_q = torch.log_softmax(head(h), -1)
+        return forward_kl(log_p, log_q), log_q.max(-1).values
+
+    inputs = [hidden, head.weight, head.bias]
+    whole, parts = both(hidden, log_p), map_chunks(both, size, hidden, log_p)
+    for ours, reference in zip(parts, whole, strict=True):
+        torch.testing.assert_close(ours, reference)
+    expected = torch.autograd.grad((whole[0] * whole[1]).sum(), inputs)
+    for ours, reference in zip(torch.autograd.grad((parts[0] * parts[1]).sum(), inputs), expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_mapped_chunks_of_no_rows_have_their_shape_and_a_graph() -> None:
+    hidden, head, _ = case(False, 1.0, None)
+    values = map_chunks(lambda h: head(h).sum(-1), 4, hidden[:0])
+    assert values.shape == (0,)
+    assert torch.autograd.grad(values.sum(), [hidden])[0].shape == hidden.shape

@@ -9,8 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Need, Objective, StudentOutput, Teacher, TeacherSignal, Unit
-from kdcli.errors import ConfigError
+from kdcli.api import (
+    Batch,
+    Need,
+    Objective,
+    Reduction,
+    Scope,
+    StudentOutput,
+    Teacher,
+    TeacherSignal,
+    Unit,
+)
 from kdcli.objective.cross_entropy import CrossEntropy
 from kdcli.objective.forward_kl import ForwardKL
 from kdcli.objective.generalized_jsd import GeneralizedJSD
@@ -125,6 +134,7 @@ def test_masked_targets_cost_no_head_flops() -> None:
         counts = None
         part = toys.rows_of(batch, 0, 4)
         part.mask = keep
+        part.segment = torch.arange(4)[:, None].expand_as(keep)
         counts = distiller.count(part)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             hidden = distiller.student(part)
@@ -255,12 +265,128 @@ def test_scores_without_a_teacher_are_the_students_alone() -> None:
     assert distiller(empty, mode="score").nll.sum() == 0
 
 
-def test_an_objective_per_sequence_is_refused_with_a_sentence() -> None:
-    class PerSequence(CrossEntropy):
-        unit = Unit.SEQUENCE
+class SequenceNLL(Objective):
+    """The negative log-likelihood of a sequence."""
 
-    with pytest.raises(ConfigError, match=r"objective\.x: PerSequence"):
-        make(x=PerSequence())
+    unit = Unit.SEQUENCE
+    scope = Scope.LOGPROBS
+
+    def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
+        assert student.logprobs is not None
+        return -batch.sum_by_sequence(student.logprobs)
+
+
+class Margin(Objective):
+    """How much likelier a pair's worse answer is than its better one, against the student as it began."""
+
+    needs = Need.REFERENCE
+    unit = Unit.GROUP
+    scope = Scope.LOGPROBS
+
+    def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
+        assert student.logprobs is not None and teacher.reference_logprobs is not None
+        change = batch.sum_by_sequence(student.logprobs - teacher.reference_logprobs)
+        return change.new_zeros(int(batch.groups().max()) + 1).index_add(
+            0, batch.groups(), torch.where(batch.rejected, change, -change)
+        )
+
+
+class HeadNorm(Objective):
+    """The mean squared logit of a target, from the states and the head."""
+
+    scope = Scope.STATES
+
+    def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
+        assert student.hidden is not None and student.head is not None
+        return student.head(student.hidden).square().mean(-1)
+
+
+def pairs(seed: int = 0) -> Batch:
+    batch = toys.batch(seed, rows=6)
+    batch.group_index = torch.tensor([0, 0, 1, 1, 2, 2])
+    batch.rejected = torch.tensor([False, True] * 3)
+    batch.domain = ["a", "a", "b", "b", "a", "a"]
+    batch.weight = torch.tensor([1.0, 1.0, 0.5, 0.5, 2.0, 2.0])
+    return batch
+
+
+def plain_logits(distiller: Distiller, batch: Batch) -> Tensor:
+    return distiller.student.model(**batch.model_inputs()).logits.float()
+
+
+def test_a_loss_per_sequence_equals_its_dense_form_in_value_and_gradient() -> None:
+    distiller, batch = make(nll=SequenceNLL(weight=0.5), chunk=5), toys.batch()
+    batch.weight = torch.tensor([1.0, 0.5, 2.0, 1.0])
+    value, metrics, gradients = step(distiller, [batch])
+    distiller.zero_grad()
+    log_q = torch.log_softmax(plain_logits(distiller, batch), -1).gather(-1, batch.targets[..., None])[..., 0]
+    dense = (batch.weight * -(log_q * batch.mask).sum(-1)).sum() / 4
+    (0.5 * dense).backward()
+    assert value == pytest.approx(float(0.5 * dense.detach()), rel=1e-5)
+    assert metrics["loss/nll"] == pytest.approx(float(dense), rel=1e-5)
+    for name, parameter in distiller.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_a_loss_of_states_equals_its_dense_form_in_value_and_gradient() -> None:
+    distiller, batch = make(norm=HeadNorm(), ce=CrossEntropy(), chunk=5), toys.batch()
+    value, _, gradients = step(distiller, [batch])
+    distiller.zero_grad()
+    z = plain_logits(distiller, batch)
+    nll = -torch.log_softmax(z, -1).gather(-1, batch.targets[..., None])[..., 0]
+    dense = (z.square().mean(-1) + nll)[batch.mask].mean()
+    dense.backward()
+    assert value == pytest.approx(float(dense), rel=1e-5)
+    for name, parameter in distiller.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+def test_groups_are_counted_and_weighted_and_the_reference_is_the_student_as_it_began() -> None:
+    distiller, batch = make(margin=Margin(domains=["a"])), pairs()
+    assert distiller.count(batch)["margin"] == 2
+    value, _, gradients = step(distiller, [batch])
+    assert value == pytest.approx(0, abs=1e-4)  # nothing has changed yet
+    with torch.no_grad():
+        for name, parameter in distiller.named_parameters():
+            if name in gradients and name.startswith("student"):
+                parameter -= 1e-3 * gradients[name]
+    log_q = torch.log_softmax(plain_logits(distiller, batch), -1).gather(-1, batch.targets[..., None])[..., 0]
+    original = make()
+    log_r = torch.log_softmax(plain_logits(original, batch), -1).gather(-1, batch.targets[..., None])[..., 0]
+    change = ((log_q - log_r) * batch.mask).sum(-1)
+    expected = (1.0 * (change[1] - change[0]) + 2.0 * (change[5] - change[4])) / 2
+    assert step(distiller, [batch])[0] == pytest.approx(float(expected), rel=1e-3)
+    assert expected < 0
+
+
+def test_a_worse_answer_has_no_targets_for_losses_per_token() -> None:
+    batch = pairs()
+    assert make(ce=CrossEntropy()).count(batch)["ce"] == batch.mask[::2].sum()
+    better = toys.rows_of(batch, 0, 1)
+    one, both = toys.rows_of(batch, 0, 2), make(ce=CrossEntropy())
+    one.rejected = torch.tensor([False, True])
+    assert step(both, [one])[0] == pytest.approx(step(both, [better])[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("reduction", ["token", "sequence", "batch"])
+def test_reductions_are_what_they_say_however_the_step_is_cut(reduction: Reduction) -> None:
+    distiller, batch = make(ce=CrossEntropy(reduction=reduction)), toys.batch()
+    nll = -torch.log_softmax(plain_logits(distiller, batch), -1).gather(-1, batch.targets[..., None])[..., 0]
+    sums, lengths = (nll * batch.mask).sum(-1), batch.mask.sum(-1)
+    expected = {"token": sums.sum() / lengths.sum(), "sequence": (sums / lengths).mean(), "batch": sums.mean()}
+    for cuts in ([0, 4], [0, 1, 4], [0, 2, 3, 4]):
+        parts = [toys.rows_of(batch, a, b) for a, b in pairwise(cuts)]
+        assert step(distiller, parts)[0] == pytest.approx(float(expected[reduction]), rel=1e-5)
+
+
+@pytest.mark.parametrize("term", [SequenceNLL, HeadNorm])
+def test_nothing_supervised_gives_zero_with_a_graph_to_every_parameter(term: type[Objective]) -> None:
+    distiller, batch = make(x=term()), toys.batch()
+    batch.mask = torch.zeros_like(batch.mask)
+    value, _, gradients = step(distiller, [batch])
+    assert value == 0
+    assert len(gradients) == len(list(distiller.named_parameters()))
+    assert all(gradient.abs().max() == 0 for gradient in gradients.values())
 
 
 def test_no_tensor_of_tokens_times_vocabulary_is_made() -> None:
