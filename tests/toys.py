@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from kdcli.api import Batch, Need, Student, Teacher, TeacherSignal
+from kdcli.api import Batch, Need, Student, StudentOutput, Teacher, TeacherSignal
 from kdcli.ops.head import Head
 
 VOCAB = 33
@@ -43,6 +43,12 @@ class ToyStudent(Student):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model.base_model(**batch.model_inputs()).last_hidden_state
+
+    def states(self, batch: Batch, needs: Need) -> StudentOutput:
+        output = self.model.base_model(**batch.model_inputs(), output_hidden_states=True)
+        return StudentOutput(
+            hidden=output.last_hidden_state, hidden_states=output.hidden_states if Need.HIDDEN in needs else None
+        )
 
 
 class ToyTeacher(Teacher):
