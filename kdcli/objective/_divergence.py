@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
-from kdcli.api import Batch, StudentOutput, TeacherSignal
+from kdcli.api import Batch, StudentOutput, TeacherSignal, TopK
 from kdcli.errors import ConfigError
 from kdcli.objective._tempered import Tempered, TemperedSettings
-from kdcli.ops.support import Missing, on_support
+from kdcli.ops.support import Missing, on_support, student_side, teacher_side
 
 
 class DivergenceSettings(TemperedSettings, total=False):
@@ -43,21 +44,47 @@ class Divergence(Tempered):
         return None
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
-        log_q = student.log_q(self.temperature)
-        if teacher.topk is None:
+        log_q, topk = student.log_q(self.temperature), self._topk(teacher)
+        if topk is None:
             pair = on_support(log_q, log_p=teacher.log_p(self.temperature))
         else:
-            if teacher.topk.temperature != self.temperature:
-                raise ConfigError(
-                    f"{type(self).__name__}: temperature is {self.temperature} but the teacher's log-probabilities "
-                    f"were stored at {teacher.topk.temperature}; set the same, or store them again"
-                )
-            pair = on_support(log_q, ids=teacher.topk.ids, logprobs=teacher.topk.logprobs, missing=self.missing)
+            pair = on_support(log_q, ids=topk.ids, logprobs=topk.logprobs, missing=self.missing)
         return self.scale * self.divergence(*pair)
 
     def closed_form(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> tuple[Tensor, Tensor] | None:
+        topk = self._topk(teacher)
+        if topk is not None:
+            return self._sparse_closed_form(student, topk)
         log_p = teacher.log_p(self.temperature)
-        if log_p is None:
-            return None
+        assert log_p is not None, "a teacher is dense (logits) or sparse (topk)"
         result = self.divergence_gradient(*on_support(student.log_q(self.temperature), log_p=log_p))
         return None if result is None else self.scaled(*result)
+
+    def _sparse_closed_form(self, student: StudentOutput, topk: TopK) -> tuple[Tensor, Tensor] | None:
+        """The gradient on K + 1 symbols, taken back to the vocabulary: exact for every divergence."""
+        logits = student.logits
+        assert logits is not None, "logits exist only inside a chunk"
+        if next(self.parameters(), None) is not None:
+            return None  # what a subclass learns has a gradient too
+        log_p = teacher_side(topk.logprobs, logits, self.missing)
+        log_q, back = student_side(logits, topk.ids, self.temperature, self.missing)
+        value, gradient = self.divergence_gradient(log_p, log_q) or self._derived(log_p, log_q)
+        return self.scaled(value, back(gradient))
+
+    def _derived(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """`divergence_gradient` by autograd: cheap on K + 1 symbols."""
+        with torch.enable_grad():
+            leaf = log_q.detach().requires_grad_()
+            value = self.divergence(log_p, torch.log_softmax(leaf, dim=-1))
+            (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), gradient
+
+    def _topk(self, teacher: TeacherSignal) -> TopK | None:
+        """The teacher's top-k, None for a dense teacher; refuses one stored at another temperature."""
+        topk = teacher.topk
+        if topk is not None and topk.temperature != self.temperature:
+            raise ConfigError(
+                f"{type(self).__name__}: temperature is {self.temperature} but the teacher's log-probabilities "
+                f"were stored at {topk.temperature}; set the same, or store them again"
+            )
+        return topk

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
+from torch import Tensor
 
 from kdcli.api import Objective, StudentOutput, TeacherSignal, TopK
 from kdcli.errors import ConfigError
+from kdcli.objective._divergence import Divergence
 from kdcli.objective.adaptive_kl import AdaptiveKL
 from kdcli.objective.alpha_beta import AlphaBeta
 from kdcli.objective.cross_entropy import CrossEntropy
@@ -15,10 +22,12 @@ from kdcli.objective.forward_kl import ForwardKL
 from kdcli.objective.generalized_jsd import GeneralizedJSD
 from kdcli.objective.hinton import Hinton
 from kdcli.objective.logit_mse import LogitMSE
+from kdcli.objective.reverse_kl import ReverseKL
 from kdcli.objective.skew_kl import SkewKL
 from kdcli.objective.skew_reverse_kl import SkewReverseKL
 from kdcli.objective.symmetric_kl import SymmetricKL
-from tests.objective.test_family import V, chunk
+from kdcli.objective.total_variation import TotalVariation
+from tests.objective.chunks import V, chunk, stored
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
@@ -94,3 +103,104 @@ def test_t2_makes_the_temperature_cancel_in_the_logit_mse() -> None:
     torch.testing.assert_close(*values)
     centred = (z - z.mean(-1, keepdim=True)) - (y - y.mean(-1, keepdim=True))
     torch.testing.assert_close(values[0], centred.square().mean(-1))
+
+
+class Derived(ForwardKL):
+    """A divergence without a closed form of its own."""
+
+    def divergence_gradient(self, log_p: Tensor, log_q: Tensor) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None
+
+
+SPARSE = [
+    ForwardKL,
+    ReverseKL,
+    SymmetricKL,
+    AdaptiveKL,
+    GeneralizedJSD,
+    SkewKL,
+    SkewReverseKL,
+    partial(SkewReverseKL, detach_mixture=True),
+    TotalVariation,
+    AlphaBeta,
+    partial(AlphaBeta, alpha=0.0, beta=1.0),
+    Hinton,
+    Derived,
+]
+
+
+@pytest.mark.parametrize("missing", ["tail", "renormalize", "teacher_only"])
+@pytest.mark.parametrize("kind", SPARSE, ids=lambda kind: getattr(kind, "__name__", str(kind)))
+def test_the_closed_form_of_a_top_k_teacher_is_autograds(kind: Callable[..., Divergence], missing: str) -> None:
+    batch, y, z = chunk()
+    for k, temperature in itertools.product((1, 2, 6, V - 1, V), (1.0, 3.0)):
+        objective, teacher = (
+            kind(missing=missing, temperature=temperature, temperature_scale="t2"),
+            stored(y, k, temperature),
+        )
+        leaf = z.clone().requires_grad_()
+        value = objective(batch, StudentOutput(logits=leaf), teacher)
+        (gradient,) = torch.autograd.grad(value.sum(), leaf)
+        closed = objective.closed_form(batch, StudentOutput(logits=z), teacher)
+        assert closed is not None
+        torch.testing.assert_close(closed[0], value.detach(), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(closed[1], gradient, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("missing", ["tail", "renormalize", "teacher_only"])
+@pytest.mark.parametrize("kind", SPARSE, ids=lambda kind: getattr(kind, "__name__", str(kind)))
+def test_a_saturated_student_of_a_top_k_teacher_is_finite(kind: Callable[..., Divergence], missing: str) -> None:
+    """Logits of hundreds in float32: the mass of the rest, and of the kept ids, underflows on either side."""
+    batch, y, z = chunk()
+    for k, size in itertools.product((1, 4, V - 1), (30.0, 300.0, 3000.0)):
+        objective, low = kind(missing=missing, temperature=1.0), (size * z).float()
+        teacher, exact = stored((size * y).float(), k, 1.0), stored((size * y).float(), k, 1.0)
+        by_hand = objective.closed_form(batch, StudentOutput(logits=low), teacher)
+        double = objective.closed_form(batch, StudentOutput(logits=low.double()), exact)
+        assert by_hand is not None
+        assert double is not None
+        largest = double[0].abs().max().clamp(min=1.0)
+        torch.testing.assert_close(by_hand[0].double() / largest, double[0] / largest, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(by_hand[1].double() / largest, double[1] / largest, rtol=1e-5, atol=1e-5)
+
+
+def test_missing_mass_worked_out_by_hand() -> None:
+    """p = (1/2, 1/4, ...) on two ids of q = (1/4, 1/4, 1/4, 1/4), so a rest of 1/4 and 1/2.
+
+    tail: 1/2 ln 2 + 1/4 ln 1 + 1/4 ln 1/2 = 1/4 ln 2. renormalize: (2/3, 1/3) and (1/2, 1/2): ln 2 - H(1/3).
+    teacher_only: (2/3, 1/3, 0) and (1/4, 1/4, 1/2): 2/3 ln 8/3 + 1/3 ln 4/3.
+    """
+    batch, _, _ = chunk(1)
+    topk = TopK(ids=torch.tensor([[[2, 0]]]), logprobs=torch.tensor([[[0.5, 0.25]]]).double().log())
+    entropy = math.log(3) - 2 / 3 * math.log(2)
+    expected = {
+        "tail": math.log(2) / 4,
+        "renormalize": math.log(2) - entropy,
+        "teacher_only": 2 / 3 * math.log(8 / 3) + math.log(4 / 3) / 3,
+    }
+    for missing, value in expected.items():
+        student = StudentOutput(logits=torch.zeros(1, 1, 4, dtype=torch.float64))
+        objective = ForwardKL(missing=missing)  # pyright: ignore[reportArgumentType]
+        assert objective(batch, student, TeacherSignal(topk=topk)).item() == pytest.approx(value)
+
+
+def test_the_gradient_of_a_tail_is_spread_over_the_rest_by_the_students_own_shares() -> None:
+    """q_i - p_i at the K ids, q_i (1 - p_rest / q_rest) at the others."""
+    batch, y, z = chunk()
+    teacher = stored(y, 4, 1.0)
+    closed = ForwardKL().closed_form(batch, StudentOutput(logits=z), teacher)
+    assert closed is not None
+    assert teacher.topk is not None
+    ids, p, q = teacher.topk.ids, teacher.topk.logprobs.exp(), torch.softmax(z, -1)
+    p_rest, q_rest = 1 - p.sum(-1, keepdim=True), 1 - q.gather(-1, ids).sum(-1, keepdim=True)
+    expected = (q * (1 - p_rest / q_rest)).scatter(-1, ids, q.gather(-1, ids) - p)
+    torch.testing.assert_close(closed[1], expected)
+
+
+def test_t_squared_is_read_when_it_is_used() -> None:
+    """A schedule may change the temperature between steps."""
+    batch, y, z = chunk()
+    moved, made = Hinton(), Hinton(temperature=2.0)
+    moved.temperature = 2.0
+    pair = [o(batch, StudentOutput(logits=z), TeacherSignal(logits=y)) for o in (moved, made)]
+    torch.testing.assert_close(*pair)
