@@ -31,7 +31,7 @@ from kdcli.api import (
     StudentInit,
     Teacher,
 )
-from kdcli.config.build import build, build_terms, optimizer_factory, schedule_factory
+from kdcli.config.build import build, build_schedules, build_terms, optimizer_factory, schedule_factory
 from kdcli.errors import Interrupted, KDError
 from kdcli.launch import _lifeline
 from kdcli.store import atomic, failures, status
@@ -44,7 +44,9 @@ from kdcli.train import state
 from kdcli.train.distiller import Distiller
 from kdcli.train.interrupt import Interrupt
 from kdcli.train.loader import Loader
-from kdcli.train.loop import Run, train
+from kdcli.train.loop import train
+from kdcli.train.run import Run
+from kdcli.train.scheduling import Schedules
 from kdcli.train.scorer import Scorer
 
 log = logging.getLogger(__name__)
@@ -136,6 +138,7 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
         world_size=engine.world_size,
         weights=scheduler.initial(sizes),
     )
+    schedules = Schedules(build_schedules(config["objective"]), objectives, steps=section["steps"], epoch=loader.epoch)
     distiller = Distiller(student, teacher, objectives)
     engine.prepare(
         distiller,
@@ -151,6 +154,7 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
         loader=loader,
         rollout=build(config["rollout"], Rollout),
         domain_scheduler=scheduler,
+        schedules=schedules,
         evaluations=evaluations,
         reporters=reporters,
         interrupt=interrupt,

@@ -11,6 +11,7 @@ from kdcli.config.environment import expand
 from kdcli.config.signature import component_in, settings
 from kdcli.config.target import group_of, locate
 from kdcli.errors import ConfigError
+from kdcli.train.schedule import Schedule, is_schedule, schedule_of, start_values
 
 T = TypeVar("T")
 
@@ -19,8 +20,8 @@ def build(node: Mapping[str, Any], interface: type[T], **extra: Any) -> T:
     """The object that `node` describes; `extra` are constructor arguments that are not config.
 
     Parameters annotated with an interface (`Data`, `Mapping[str, Data]`, `Sequence[Teacher]`) are built in turn,
-    and `${oc.env:NAME}` becomes the variable's value, here and nowhere on disk. Raises ConfigError for a `_target_`
-    outside the allow-list, unknown settings, or whatever the constructor refuses.
+    and `${oc.env:NAME}` becomes the variable's value, here and nowhere on disk. A schedule becomes its first value.
+    Raises ConfigError for a `_target_` outside the allow-list, unknown settings, or whatever the constructor refuses.
     """
     group = group_of(interface)
     assert group, f"{interface} is no interface of kdcli.api"
@@ -32,6 +33,16 @@ def build(node: Mapping[str, Any], interface: type[T], **extra: Any) -> T:
 def build_terms(nodes: Mapping[str, Mapping[str, Any]] | None, interface: type[T], **extra: Any) -> dict[str, T]:
     """The named components of `objective`, `evaluation` or `report`; a term that is null is left out."""
     return {name: build(node, interface, **extra) for name, node in (nodes or {}).items() if node is not None}
+
+
+def build_schedules(nodes: Mapping[str, Mapping[str, Any] | None]) -> dict[tuple[str, str], Schedule]:
+    """The schedules of the section `objective`, each at its beginning, by term and setting."""
+    return {
+        (name, key): schedule_of(expand(value))
+        for name, node in nodes.items()
+        for key, value in (node or {}).items()
+        if is_schedule(value)
+    }
 
 
 def optimizer_factory(node: Mapping[str, Any]) -> OptimizerFactory:
@@ -48,7 +59,7 @@ def _instance(node: Mapping[str, Any], group: str, extra: Mapping[str, Any]) -> 
     cls = locate(node["_target_"], group)
     known = settings(cls)
     arguments: dict[str, Any] = {}
-    for name, value in node.items():
+    for name, value in (start_values(expand(node)) if group == "objective" else node).items():
         if name == "_target_":
             continue
         if known is not None and name not in known:

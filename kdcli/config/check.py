@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kdcli.config import cross, secrets
+from kdcli.config import cross, scheduled, secrets
 from kdcli.config.nearest import suggest
 from kdcli.config.schema import COMPONENTS, SCHEMAS, SECTIONS, TERMS, THIRD_PARTY
 from kdcli.config.signature import Setting, component_in, is_component, settings
 from kdcli.config.target import locate
 from kdcli.config.values import problems_of
 from kdcli.errors import ConfigError
+from kdcli.train.schedule import is_schedule
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -60,8 +61,11 @@ def component_problems(node: Any, group: str, where: str) -> list[str]:
     known = settings(target, skip=1 if group in THIRD_PARTY else 0)
     given = {key: value for key, value in node.items() if key != "_target_"}
     if known is None:
-        return []
-    return _settings_problems(given, known, where, f"{target.__name__} has no such setting")
+        known = {
+            key: Setting(float, False) for key, value in given.items() if group == "objective" and is_schedule(value)
+        }
+        given = {key: given[key] for key in known}
+    return _settings_problems(given, known, where, f"{target.__name__} has no such setting", group == "objective")
 
 
 def _section_problems(node: Any, schema: type, section: str) -> list[str]:
@@ -72,16 +76,23 @@ def _section_problems(node: Any, schema: type, section: str) -> list[str]:
     return _settings_problems(node, known, section, f"`{section}` has no such key")
 
 
-def _settings_problems(given: Mapping[str, Any], known: Mapping[str, Setting], where: str, unknown: str) -> list[str]:
+def _settings_problems(
+    given: Mapping[str, Any], known: Mapping[str, Setting], where: str, unknown: str, may_change: bool = False
+) -> list[str]:
+    """`may_change`: numbers may follow a schedule."""
     problems = []
     for key, value in given.items():
         place = f"{where}.{key}"
         if key not in known:
             problems.append(f"{place}: {unknown}; {suggest(key, known, prefix=where + '.')}")
+        elif may_change and is_schedule(value):
+            problems += scheduled.problems_in(value, known[key].annotation, place)
         elif found := component_in(known[key].annotation):
             problems += _nested_problems(value, known[key].annotation, found[0], place)
         else:
             wrong = problems_of(value, known[key].annotation, place)
+            if wrong and may_change and isinstance(value, Mapping) and scheduled.takes_schedule(known[key].annotation):
+                wrong = [f"{wrong[0]}, or a schedule such as {{schedule: linear, start: 2, end: 1}}"]
             problems += wrong or _range_problem(value, known[key].minimum, place)
     problems += [
         f"{where}.{key}: must be given; add {where}.{key}=… to the command"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kdcli.config import scheduled
 from kdcli.config.build import build
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
@@ -140,7 +141,9 @@ def _built(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
             {f"{section}.{name}": term for name, term in (node or {}).items()} if section in TERMS else {section: node}
         )
         for where, one in nodes.items():
-            if one is not None:
+            found = scheduled.refusals(one, where) if section == "objective" and one is not None else []
+            problems += found
+            if one is not None and not found:
                 objects[where] = _caught(lambda one=one, i=interface: build(one, getattr(api, i)), where, problems)
     return objects, problems
 

@@ -20,12 +20,17 @@ class Changes(NamedTuple):
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """Sort the keys whose values differ. Free: logging, evaluation, processes, more steps. Warned about: what changes
-    the course but not the meaning (learning rate, schedule, engine). Refused: models, data, objective, batch, seed."""
+    the course but not the meaning (learning rate, schedule, engine; run.steps, where an objective's schedule is spread
+    over them). Refused: models, data, objective, batch, seed."""
     changes = Changes([], [], [])
     before, after = _flat(old), _flat(new)
     for key in sorted(before.keys() | after.keys()):
         if before.get(key, MISSING) != after.get(key, MISSING):
             _list_of(key, changes).append(f"{key}: {_show(before, key)} -> {_show(after, key)}")
+    steps = "run.steps"
+    if before.get(steps) != after.get(steps):
+        spread = f"spread over {steps}: {_show(before, steps)} -> {_show(after, steps)}"
+        changes.warnings.extend(f"{place} {spread}" for place in _spread(new.get("objective") or {}))
     return changes
 
 
@@ -52,6 +57,18 @@ def _flat(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         elif not isinstance(value, Mapping):
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _spread(objective: Mapping[str, Any]) -> list[str]:
+    """The settings of objectives whose schedules take their time from run.steps."""
+    from kdcli.train.schedule import KEY, KINDS, is_schedule  # here, because it imports torch
+
+    return [
+        f"objective.{term}.{key}"
+        for term, node in objective.items()
+        for key, value in (node or {}).items()
+        if is_schedule(value) and value[KEY] in KINDS and KINDS[value[KEY]].spread
+    ]
 
 
 def _show(flat: Mapping[str, Any], key: str) -> str:

@@ -78,6 +78,10 @@ class Loader(Stateful):
         """How often each domain has been gone through."""
         return {name: self.drawn[name] / max(1, len(self.rows[name])) for name in self.rows}
 
+    def epoch(self, done: int) -> int:
+        """How often `done` steps have gone through as many rows as there are, of all domains together."""
+        return done * self.batch_size // sum(len(rows) for rows in self.rows.values())
+
     def next(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step`. Steps are asked for in order, each once, by all ranks."""
         fault("data.next", rank=self.rank, step=step)
