@@ -120,7 +120,8 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
     tokenizer = student.load_tokenizer() or teacher.load_tokenizer()
     lengths = {key: batch[key] for key in ("max_length", "packing", "overflow")}
     fault("data.prepare", rank=engine.rank)
-    rows, counts = encode(build(config["data"], Data), tokenizer, **lengths)
+    columns = {column for objective in objectives.values() for column in objective.columns}
+    rows, counts = encode(build(config["data"], Data), tokenizer, columns=columns, **lengths)
     log.info("data: %s", counts)
     if engine.rank == 0:
         atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])

@@ -19,16 +19,34 @@ SCHEMA = pa.schema(
         ("weight", pa.float64()),
         ("group", pa.string()),
         ("score", pa.float64()),
-        ("rejected_ids", IDS),
-        ("rejected_mask", FLAGS),
+        ("rejected", pa.bool_()),
+        ("teacher_ids", IDS),
+        ("teacher_mask", FLAGS),
+        ("span", IDS),
+        ("teacher_span", IDS),
     ]
 )
+PLAIN = ("key", "weight", "group", "score", "rejected")
 BLOCK = 1024  # rows of a record batch; all but the last are full, so that a row's place is arithmetic
 
 
 @dataclass(frozen=True, kw_only=True)
+class TeacherTokens:
+    """What the teacher sees of a segment, where that is not what the student sees.
+
+    A span is a stretch of the answer that is tokens of the student beside tokens of the teacher; spans are numbered
+    from 0 in the order of the text. With one tokenizer each is one token, and `mask` is None.
+    """
+
+    ids: np.ndarray  # [T'] int32
+    span: np.ndarray  # [T] int32, of the student's token; -1 where it has no counterpart
+    teacher_span: np.ndarray  # [T'] int32
+    mask: np.ndarray | None = None  # [T'] bool, True where another tokenizer's token is of the answer
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segment:
-    """One tokenized example, or a part of one."""
+    """One tokenized example, a part of one, or one answer of a preference pair."""
 
     ids: np.ndarray  # [T] int32
     mask: np.ndarray  # [T] bool, True where the token itself is to be predicted
@@ -37,7 +55,8 @@ class Segment:
     weight: float = 1.0
     group: str | None = None
     score: float | None = None
-    rejected: tuple[np.ndarray, np.ndarray] | None = None  # ids and mask of prompt + rejected, for preference rows
+    rejected: bool = False  # the worse answer of a pair; the segment before it is the better one
+    teacher: TeacherTokens | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -45,12 +64,20 @@ class Segment:
 
 @dataclass(frozen=True)
 class Row:
-    """What becomes one sequence of a batch: one segment, or several that were packed."""
+    """What the loader draws at once: one segment, several that were packed into one line of the batch, or (`bundle`)
+    the answers of a pair or group, each a line of its own, which always share a micro-batch."""
 
     segments: tuple[Segment, ...]
+    bundle: bool = False
+
+    def lines(self) -> list[tuple[Segment, ...]]:
+        """The segments of each line of the batch."""
+        return [(segment,) for segment in self.segments] if self.bundle else [self.segments]
 
     def __len__(self) -> int:
-        return sum(len(segment) for segment in self.segments)
+        """Tokens of the longest line."""
+        lengths = [len(segment) for segment in self.segments]
+        return max(lengths) if self.bundle else sum(lengths)
 
 
 class SegmentWriter:
@@ -65,19 +92,20 @@ class SegmentWriter:
         return self
 
     def add(self, segment: Segment) -> None:
-        ids, mask = segment.rejected or (None, None)
-        self._pending.append(
-            {
-                "ids": segment.ids,
-                "mask": segment.mask.astype(np.uint8),
-                "key": segment.key,
-                "weight": segment.weight,
-                "group": segment.group,
-                "score": segment.score,
-                "rejected_ids": ids,
-                "rejected_mask": None if mask is None else mask.astype(np.uint8),
+        row: dict[str, Any] = {
+            "ids": segment.ids,
+            "mask": segment.mask.astype(np.uint8),
+            **{name: getattr(segment, name) for name in PLAIN},
+        }
+        if (teacher := segment.teacher) is not None:
+            mask = None if teacher.mask is None else teacher.mask.astype(np.uint8)
+            row |= {
+                "teacher_ids": teacher.ids,
+                "teacher_mask": mask,
+                "span": teacher.span,
+                "teacher_span": teacher.teacher_span,
             }
-        )
+        self._pending.append(row)
         if len(self._pending) == BLOCK:
             self._flush()
 
@@ -115,20 +143,25 @@ class Segments(Sequence[Segment]):
         if not 0 <= index < len(self):
             raise IndexError(f"segment {index} of {len(self)}")
         block, row = self._block(index // BLOCK), index % BLOCK
-        ids, mask = _values(block["rejected_ids"][row]), _values(block["rejected_mask"][row])
         return Segment(
             ids=_values(block["ids"][row]),
-            mask=_values(block["mask"][row]).view(bool),
+            mask=_flags(block["mask"][row]),
             domain=self._domain,
-            rejected=None if ids is None else (ids, mask.view(bool)),
-            **{name: block[name][row].as_py() for name in ("key", "weight", "group", "score")},
+            teacher=_teacher(block, row),
+            **{name: block[name][row].as_py() for name in PLAIN},
         )
 
     def lengths(self) -> np.ndarray:
         """Tokens of each segment, [len(self)] int64."""
-        batches = (self._reader.get_batch(number) for number in range(self._reader.num_record_batches))
-        lengths = [batch.column("ids").value_lengths().to_numpy().astype(np.int64) for batch in batches]
+        lengths = [batch.column("ids").value_lengths().to_numpy().astype(np.int64) for batch in self._batches()]
         return np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+
+    def column(self, name: str) -> list[Any]:
+        """One plain column (`group`, `score`, `rejected` …) of all segments."""
+        return [value for batch in self._batches() for value in batch.column(name).to_pylist()]
+
+    def _batches(self) -> Iterator[Any]:
+        return (self._reader.get_batch(number) for number in range(self._reader.num_record_batches))
 
     def _block(self, number: int) -> dict[str, Any]:
         if number not in self._blocks:
@@ -138,14 +171,20 @@ class Segments(Sequence[Segment]):
 
 
 class TokenRows(Sequence[Row]):
-    """The rows of one domain: segments one by one, or as a packing plan groups them.
+    """The rows of one domain: segments one by one, or as a plan packs or (`bundled`) bundles them.
 
     `plan` is (order, starts): row i holds the segments order[starts[i]:starts[i + 1]].
     """
 
-    def __init__(self, segments: Sequence[Segment], plan: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        plan: tuple[np.ndarray, np.ndarray] | None = None,
+        bundled: bool = False,
+    ) -> None:
         self.segments = segments
         self.plan = plan
+        self.bundled = bundled
 
     def __len__(self) -> int:
         return len(self.segments) if self.plan is None else len(self.plan[1]) - 1
@@ -162,12 +201,29 @@ class TokenRows(Sequence[Row]):
         if self.plan is None:
             return Row((self.segments[index],))
         order, starts = self.plan
-        return Row(tuple(self.segments[int(i)] for i in order[starts[index] : starts[index + 1]]))
+        return Row(tuple(self.segments[int(i)] for i in order[starts[index] : starts[index + 1]]), self.bundled)
 
     def __iter__(self) -> Iterator[Row]:
         return (self[i] for i in range(len(self)))
 
 
+def _teacher(block: dict[str, Any], row: int) -> TeacherTokens | None:
+    ids = _values(block["teacher_ids"][row])
+    if ids is None:
+        return None
+    return TeacherTokens(
+        ids=ids,
+        span=_values(block["span"][row]),
+        teacher_span=_values(block["teacher_span"][row]),
+        mask=_flags(block["teacher_mask"][row]),
+    )
+
+
 def _values(scalar: Any) -> Any:
     """A list scalar as a numpy array without a copy; None for null."""
     return scalar.values.to_numpy() if scalar.is_valid else None
+
+
+def _flags(scalar: Any) -> Any:
+    values = _values(scalar)
+    return None if values is None else values.view(bool)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from filelock import FileLock, Timeout
 from kdcli.errors import KDError
 from kdcli.store import atomic
 from kdcli.store.tokens import Segments
+from kdcli.text.bundle import bundle
 from kdcli.text.counts import Counts, EncodeReport
 from kdcli.text.pack import pack
 
@@ -81,8 +82,17 @@ def read_report(folder: Path) -> EncodeReport | None:
 
 def packing_plan(file: Path, segments: Segments, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """The plan of `pack`, made once and kept in `file`."""
+    return _kept(file, lambda: pack(segments.lengths(), capacity))
+
+
+def bundling_plan(file: Path, segments: Segments) -> tuple[np.ndarray, np.ndarray]:
+    """The plan of `bundle`, made once and kept in `file`."""
+    return _kept(file, lambda: bundle(*(segments.column(name) for name in ("rejected", "group", "score"))))
+
+
+def _kept(file: Path, plan: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     if not file.exists():
-        order, starts = pack(segments.lengths(), capacity)
+        order, starts = plan()
         buffer = io.BytesIO()
         np.savez(buffer, order=order, starts=starts)
         atomic.write_bytes(file, buffer.getvalue())

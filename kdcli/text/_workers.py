@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, ClassVar
 
+import numpy as np
+
 from kdcli.api import Example
 from kdcli.store.examples import BadRow, content_key
 from kdcli.store.tokens import Segment
@@ -27,6 +29,17 @@ class Settings:
     max_length: int
     split: bool  # documents that are too long are split, not truncated
     chat_template: str | None = None
+    pairs: bool = False  # the rejected answer of a preference row is wanted too
+    groups: bool = False  # scored answers of equal group are wanted together
+
+    def paired(self, example: Example) -> bool:
+        """Whether an example becomes two sequences, the better answer and the worse."""
+        return self.pairs and example.rejected is not None
+
+    def grouped(self, example: Example) -> bool:
+        """Whether an example is one of the answers of a group, and so becomes one sequence."""
+        scored = example.group is not None and example.score is not None
+        return self.groups and scored and not self.paired(example)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +47,13 @@ class Outcome:
     """What became of one example. Without segments there is a `reason`; a template's refusal is a `problem` too."""
 
     CUT: ClassVar[str] = "cut by max_length before the response"
+    CUT_PAIR: ClassVar[str] = "cut by max_length before one response of the pair"
     NO_TARGET: ClassVar[str] = "shorter than two tokens"
 
     where: str
     segments: tuple[Segment, ...] = ()
     truncated: int = 0  # rows that lost tokens
+    group: str | None = None  # that its one segment is an answer of
     reason: str | None = None
     problem: str | None = None
 
@@ -70,47 +85,56 @@ class Worker:
 
     def __call__(self, examples: Sequence[Example]) -> list[Outcome]:
         drafts = [self._drafts(example) for example in examples]
-        flat = [draft for group in drafts if isinstance(group, list) for draft in group]
-        chosen = iter(self.codec.encode(flat))
-        rejected = iter(self.codec.encode([draft.rejected for draft in flat if draft.rejected]))
+        tokens = iter(self.codec.encode([draft for group in drafts if isinstance(group, list) for draft in group]))
         return [
             Outcome(where=example.where, reason=group.reason, problem=str(group))
             if isinstance(group, BadRow)
-            else self._outcome(example, [(next(chosen), next(rejected) if d.rejected else None) for d in group])
+            else self._outcome(example, [next(tokens) for _ in group])
             for example, group in zip(examples, drafts, strict=True)
         ]
 
     def _drafts(self, example: Example) -> list[Draft] | BadRow:
+        """What is to be tokenized; of a pair the better answer and then the worse, of a group's member the last."""
         try:
-            return self.template.drafts(example)
+            drafts = self.template.drafts(example)
         except BadRow as refusal:
             return refusal
+        if self.settings.paired(example):
+            return [draft for draft in (drafts[0], drafts[0].rejected) if draft is not None]
+        return drafts[-1:] if self.settings.grouped(example) else drafts
 
-    def _outcome(self, example: Example, encoded: Sequence[tuple[Tokens, Tokens | None]]) -> Outcome:
-        length, key = self.settings.max_length, content_key(example)
-        split = self.settings.split and example.kind == "text"
-        segments, truncated = [], 0
-        for tokens, rejected in encoded:
-            truncated += len(tokens.ids) > length and not split
+    def _outcome(self, example: Example, encoded: Sequence[Tokens]) -> Outcome:
+        paired, grouped = self.settings.paired(example), self.settings.grouped(example)
+        length = self.settings.max_length
+        split = self.settings.split and example.kind == "text" and not grouped
+        segments: list[Segment] = []
+        for tokens in encoded:
             # Parts share a token: the last of one is what the first target of the next is predicted from.
             for start in range(0, max(1, len(tokens.ids) - 1), length - 1) if split else (0,):
                 ids, mask = tokens.ids[start : start + length], tokens.mask[start : start + length]
                 if mask[1:].any():
-                    segments.append(
-                        Segment(
-                            ids=ids,
-                            mask=mask,
-                            key=f"{key}#{len(segments)}" if segments else key,
-                            domain=example.domain,
-                            weight=example.weight,
-                            group=example.group,
-                            score=example.score,
-                            rejected=None if rejected is None else (rejected.ids[:length], rejected.mask[:length]),
-                        )
-                    )
-        had_targets = any(tokens.mask[1:].any() for tokens, _ in encoded)
-        reason = None if segments else Outcome.CUT if had_targets else Outcome.NO_TARGET
-        return Outcome(where=example.where, segments=tuple(segments), truncated=truncated, reason=reason)
+                    segments.append(self._segment(example, ids, mask, part=len(segments)))
+        truncated = 0 if split else sum(len(tokens.ids) > length for tokens in encoded)
+        if len(segments) >= 1 + paired:
+            group = example.group if grouped else None
+            return Outcome(where=example.where, segments=tuple(segments), truncated=truncated, group=group)
+        targets = [bool(tokens.mask[1:].any()) for tokens in encoded]
+        cut = Outcome.CUT_PAIR if segments else Outcome.CUT
+        reason = cut if (all if paired else any)(targets) else Outcome.NO_TARGET
+        return Outcome(where=example.where, truncated=truncated, reason=reason)
+
+    def _segment(self, example: Example, ids: np.ndarray, mask: np.ndarray, *, part: int) -> Segment:
+        rejected = part > 0 and self.settings.paired(example)
+        return Segment(
+            ids=ids,
+            mask=mask,
+            key=content_key(example) + ("#rejected" if rejected else f"#{part}" if part else ""),
+            domain=example.domain,
+            weight=example.weight,
+            group=example.group,
+            score=example.score,
+            rejected=rejected,
+        )
 
 
 def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:

@@ -5,28 +5,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from kdcli.api import Batch
-from kdcli.store.tokens import Row
+from kdcli.store.tokens import Row, Segment
 
 
 def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
     """Pad on the right, and put beside each token the one that follows it in its own example.
 
     A row's last token, and each packed example's last token, predict nothing. Packed rows carry position_ids, which
-    start again at 0 with each example and with the padding, so that transformers keeps all of them apart.
+    start again at 0 with each example and with the padding, so that transformers keeps all of them apart. A bundle
+    gives a line to each of its answers, and they are one group.
     """
-    size, width = len(rows), max(len(row) for row in rows)
+    lines = [line for row in rows for line in row.lines()]
+    size, width = len(lines), max(len(row) for row in rows)
     input_ids = torch.full((size, width), pad_id, dtype=torch.long)  # [B, T]
     targets = torch.full((size, width), pad_id, dtype=torch.long)  # [B, T]
     mask = torch.zeros(size, width, dtype=torch.bool)  # [B, T]
     attention_mask = torch.zeros(size, width, dtype=torch.bool)  # [B, T]
     segment = torch.full((size, width), -1, dtype=torch.long)  # [B, T]
     position_ids = torch.zeros(size, width, dtype=torch.long)  # [B, T]
-    examples = []
-    for b, row in enumerate(rows):
+    examples: list[Segment] = []
+    for b, line in enumerate(lines):
         left = 0
-        for example in row.segments:
+        for example in line:
             ids, right = torch.from_numpy(example.ids.astype("int64")), left + len(example)
             input_ids[b, left:right] = ids
             targets[b, left : right - 1] = ids[1:]
@@ -37,7 +40,7 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
             left = right
         attention_mask[b, :left] = True
         position_ids[b, left:] = torch.arange(width - left)
-    packed = any(len(row.segments) > 1 for row in rows)
+    packed = any(len(line) > 1 for line in lines)
     return Batch(
         input_ids=input_ids,
         targets=targets,
@@ -50,4 +53,17 @@ def collate(rows: Sequence[Row], *, pad_id: int) -> Batch:
         domain=[example.domain for example in examples],
         group=[example.group for example in examples],
         score=[example.score for example in examples],
+        rejected=torch.tensor([example.rejected for example in examples])
+        if any(example.rejected for example in examples)
+        else None,
+        group_index=_group_index(rows) if any(row.bundle for row in rows) else None,
     )
+
+
+def _group_index(rows: Sequence[Row]) -> Tensor:
+    """[E]: the segments of a bundle are one group, any other is its own."""
+    groups: list[int] = []
+    for row in rows:
+        first = groups[-1] + 1 if groups else 0
+        groups += [first if row.bundle else first + place for place in range(len(row.segments))]
+    return torch.tensor(groups)

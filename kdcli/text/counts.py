@@ -15,6 +15,9 @@ class Counts:
     tokens: int = 0
     supervised: int = 0  # targets
     truncated: int = 0  # rows that lost tokens at their end
+    pairs: int = 0  # of a better and a worse answer
+    groups: int = 0  # of two scored answers or more
+    alone: int = 0  # scored answers whose group has no other
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> examples
     named: dict[str, str] = field(default_factory=dict)  # where -> reason, the first few dropped ones
 
@@ -37,6 +40,9 @@ class EncodeReport:
             tokens=sum(part.tokens for part in parts),
             supervised=sum(part.supervised for part in parts),
             truncated=sum(part.truncated for part in parts),
+            pairs=sum(part.pairs for part in parts),
+            groups=sum(part.groups for part in parts),
+            alone=sum(part.alone for part in parts),
             dropped=dict(dropped.most_common()),
             named={where: reason for part in parts for where, reason in part.named.items()},
         )
@@ -47,6 +53,9 @@ class EncodeReport:
         return (
             f"{total.examples:,} examples of {', '.join(self.domains)}: {total.rows:,} rows, {total.tokens:,} tokens, "
             f"{total.supervised:,} targets"
+            + (f"; {total.pairs:,} pairs" if total.pairs else "")
+            + (f"; {total.groups:,} groups" if total.groups else "")
+            + (f"; {total.alone:,} alone in their group" if total.alone else "")
             + (f"; {total.truncated:,} rows truncated" if total.truncated else "")
             + (f"; dropped: {lost}" if lost else "")
             + (" (tokens from the cache)" if self.cached else "")

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from operator import length_hint
 from pathlib import Path
@@ -18,13 +18,13 @@ from kdcli.api import Data
 from kdcli.errors import ConfigError, DataError
 from kdcli.store import paths
 from kdcli.store.tokens import Segments, SegmentWriter, TokenRows
-from kdcli.text._cache import locked, new_folder, packing_plan, read_report, write_report
+from kdcli.text._cache import bundling_plan, locked, new_folder, packing_plan, read_report, write_report
 from kdcli.text._workers import Outcome, Settings, outcomes
 from kdcli.text.counts import Counts, EncodeReport
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of the cached files and of what is in them; a change makes old caches unread
+FORMAT = 2  # of the cached files and of what is in them; a change makes old caches unread
 NAMED = 20  # lost rows that the report names per domain
 LARGE = 200_000  # examples of a domain from which on several processes pay
 LOUD = 0.05  # share of examples lost to truncation from which on a warning is due
@@ -39,6 +39,7 @@ def encode(
     overflow: Literal["split", "truncate"] = "split",
     workers: int | None = None,
     chat_template: str | None = None,
+    columns: Collection[str] = (),
 ) -> tuple[dict[str, TokenRows], EncodeReport]:
     """Domain -> rows of at most `max_length` tokens, memory-mapped, and a report.
 
@@ -47,11 +48,27 @@ def encode(
     (default: one per core for large data, else this one). `chat_template`: see `Template`. Several processes may call
     this at once: one works, the others wait.
 
-    Raises ConfigError when a domain is left without a target, and whatever reading the data raises.
+    `columns` says what the losses compare. With "rejected" a preference pair is one row of two sequences, the better
+    answer first; otherwise its worse answer is left out. With "group" the answers of a domain that have a score and
+    one `group` are one row, the best first.
+
+    Raises ConfigError when a domain is left without a target, when rows of several sequences were to be packed, and
+    whatever reading the data raises.
     """
     if max_length < 2:
         raise ConfigError(f"batch.max_length is {max_length}; a row needs at least 2 tokens")
-    settings = Settings(max_length=max_length, split=overflow == "split", chat_template=chat_template)
+    bundled = sorted({"rejected", "group"} & set(columns))
+    if packing and bundled:
+        raise ConfigError(
+            f"batch.packing: answers that are compared ({', '.join(bundled)}) are not packed; set it false"
+        )
+    settings = Settings(
+        max_length=max_length,
+        split=overflow == "split",
+        chat_template=chat_template,
+        pairs="rejected" in columns,
+        groups="group" in columns,
+    )
     folder = paths.cache() / "tokens" / _cache_key(data, tokenizer, settings)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     with locked(folder):
@@ -63,8 +80,12 @@ def encode(
         rows = {}
         for number, name in enumerate(report.domains):
             segments = Segments(folder / f"{number}.arrow", name)
-            plan = packing_plan(folder / f"{number}.plan.npz", segments, max_length) if packing else None
-            rows[name] = TokenRows(segments, plan)
+            plan = None
+            if packing:
+                plan = packing_plan(folder / f"{number}.plan.npz", segments, max_length)
+            elif bundled:
+                plan = bundling_plan(folder / f"{number}.rows.npz", segments)
+            rows[name] = TokenRows(segments, plan, bundled=bool(bundled))
     _check(report, max_length)
     return rows, report
 
@@ -96,15 +117,16 @@ def _write_all(folder: Path, data: Data, tokenizer: Any, settings: Settings, wor
     for number, (name, examples) in enumerate(data.domains().items()):
         known = set(data.bad_rows())
         found = outcomes(_shown(name, examples), tokenizer, settings, workers=_processes(workers, examples))
-        counts = _write(folder / f"{number}.arrow", name, found, data.max_bad_fraction)
+        counts = _write(folder / f"{number}.arrow", name, found, data.max_bad_fraction, settings)
         _count_bad(counts, {where: reason for where, reason in data.bad_rows().items() if where not in known})
         report.domains[name] = counts
     return report
 
 
-def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: float) -> Counts:
+def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: float, settings: Settings) -> Counts:
     """Write a domain's segments and count. Raises ConfigError or DataError for examples that the template refuses."""
     counts, dropped, refused = Counts(), Counter(), []
+    members: Counter[str] = Counter()  # of each group
     with SegmentWriter(file) as writer:
         for outcome in found:
             counts.examples += 1
@@ -114,6 +136,9 @@ def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: 
                 counts.rows += 1
                 counts.tokens += len(segment)
                 counts.supervised += int(segment.mask[1:].sum())
+                counts.pairs += segment.rejected
+            if outcome.group is not None:
+                members[outcome.group] += 1
             if outcome.reason:
                 dropped[outcome.reason] += 1
                 if len(counts.named) < NAMED:
@@ -126,6 +151,8 @@ def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: 
         share = f"{len(refused)} of {counts.examples} examples cannot be used"
         raise DataError(f"domain {domain}: {share}, more than data.max_bad_fraction allows; the first: {refused[0]}")
     counts.dropped = dict(dropped.most_common())
+    counts.alone = sum(size == 1 for size in members.values())
+    counts.groups = len(members) - counts.alone
     return counts
 
 
@@ -145,10 +172,14 @@ def _check(report: EncodeReport, max_length: int) -> None:
                 f"domain {name}: 0 of {counts.examples} examples have a supervised token within "
                 f"batch.max_length={max_length} (most often: {reason}); raise batch.max_length or take the domain out"
             )
-    lost, examples = report.total.dropped.get(Outcome.CUT, 0), report.total.examples
-    if lost > LOUD * examples:
+    total = report.total
+    lost = total.dropped.get(Outcome.CUT, 0) + total.dropped.get(Outcome.CUT_PAIR, 0)
+    if lost > LOUD * total.examples:
         message = "%d of %d examples lost every supervised token to batch.max_length=%d; raise it to keep them"
-        log.warning(message, lost, examples, max_length)
+        log.warning(message, lost, total.examples, max_length)
+    if total.alone:
+        message = "%d scored answers are alone in their group, so a loss on groups has nothing to compare them with"
+        log.warning(message, total.alone)
 
 
 def _processes(asked: int | None, examples: Iterable[Any]) -> int:

@@ -26,7 +26,9 @@ class Loader(Stateful):
     A step draws `batch_size` domains independently by `weights`, from a hash of (seed, step, place in the batch), and
     takes the next row of each in that domain's order: a permutation per epoch, from (seed, domain, epoch). The rows
     are sorted by length, cut into micro-batches and dealt to the ranks in turn. So the micro-batches of a step do not
-    depend on the number of ranks, and all that has to be remembered is how many rows each domain has given.
+    depend on the number of ranks, and all that has to be remembered is how many rows each domain has given. A row may
+    be several sequences: a packed row, a preference pair or a group of answers counts as one in `batch_size` and
+    `micro_size`, and is never cut.
 
     Raises ConfigError when the batch cannot be cut evenly, or a weighted domain has no rows.
     """

@@ -107,14 +107,11 @@ def test_packing_keeps_every_token_in_rows_that_are_full() -> None:
 
 
 def test_what_an_example_carries_reaches_its_row() -> None:
-    example = Example(prompt="a", chosen="b", rejected="c", domain="code", group="7", score=2.5, weight=0.5)
+    example = Example(prompt="a", response="b", domain="code", group="7", score=2.5, weight=0.5)
     rows, _ = encode(Listed({"code": [example, Example(text="a b c", domain="code")]}), byte_level(), max_length=16)
     (part,), (text,) = rows["code"][0].segments, rows["code"][1].segments
     assert (part.domain, part.group, part.score, part.weight) == ("code", "7", 2.5, 0.5)
-    assert part.rejected is not None
-    assert byte_level().decode(part.rejected[0]) == "ac</s>"
-    assert part.rejected[1].tolist() == [False, True, True]
-    assert (text.group, text.score, text.weight, text.rejected) == (None, None, 1.0, None)
+    assert (text.group, text.score, text.weight, text.rejected, text.teacher) == (None, None, 1.0, False, None)
     assert len({part.key, text.key}) == 2
 
 
