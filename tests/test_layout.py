@@ -18,6 +18,7 @@ from kdcli.config.signature import component_in, settings
 from kdcli.config.target import locate
 from kdcli.config.values import problems_of
 from kdcli.store import paths
+from kdcli.train.schedule import start_values
 
 CONFIGS = paths.configs()
 OPTIONS = sorted(file for group in GROUPS for file in (CONFIGS / group).glob("*.yaml"))
@@ -29,9 +30,10 @@ def ids(file: Path) -> str:
 
 
 def own_keys(content: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an option, with those that its defaults list brings (`/data@data: jsonl`)."""
+    """Settings of an option, with those that its defaults list brings (`/data@data: jsonl`); a schedule counts as its
+    first value."""
     nested = {str(key).partition("@")[2]: {} for one in content.get("defaults", []) for key in one if "@" in str(key)}
-    return nested | {key: value for key, value in content.items() if key not in ("defaults", "_target_")}
+    return nested | {key: value for key, value in start_values(content).items() if key not in ("defaults", "_target_")}
 
 
 @pytest.mark.parametrize("file", OPTIONS, ids=ids)

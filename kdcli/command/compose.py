@@ -20,6 +20,7 @@ from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.config_source import ConfigResult
@@ -80,6 +81,7 @@ class Loader(ConfigLoaderImpl):
     def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
         config = super().load_configuration(*args, **kwargs)
         _drop_leftovers(config)
+        _replace_schedules(config)
         guard.refuse_code(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
         return config
 
@@ -165,6 +167,21 @@ def _drop_leftovers(config: DictConfig) -> None:
                 if not any(
                     one == f"{place or group}.{name}" or one.startswith(f"{place or group}.{name}.") for one in typed
                 ):
+                    del node[name]
+
+
+def _replace_schedules(config: DictConfig) -> None:
+    """A schedule that the command writes out (`objective.kd.t={schedule: linear, …}`) is the whole of it: Hydra would
+    leave what another kind of schedule had been told."""
+    given = [OverridesParser.create().parse_override(one) for one in config.hydra.overrides.task]
+    for one in given:
+        value = None if one.is_sweep_override() or one.is_delete() else one.value()
+        node = OmegaConf.select(config, one.key_or_group)
+        if not isinstance(value, dict) or "schedule" not in value or not isinstance(node, DictConfig):
+            continue
+        with open_dict(config):
+            for name in [str(name) for name in node if name not in value]:
+                if not any(other.key_or_group == f"{one.key_or_group}.{name}" for other in given):
                     del node[name]
 
 

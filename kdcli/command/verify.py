@@ -138,11 +138,12 @@ def _verdicts(nodes: Mapping[str, Mapping[str, Any]]) -> Iterator[Verdict]:
     from kdcli.config.target import locate
     from kdcli.train.conformance.candidate import Candidate
     from kdcli.train.conformance.suite import run
+    from kdcli.train.schedule import start_values
 
     for number, (name, node) in enumerate(nodes.items(), 1):
         if sys.stderr.isatty():
             print(f"\r\033[K{number}/{len(nodes)} {name}", end="", file=sys.stderr, flush=True)
-        settings = {key: value for key, value in node.items() if key != "_target_"}
+        settings = {key: value for key, value in start_values(node).items() if key != "_target_"}
 
         def make(node: Mapping[str, Any] = node, **changes: Any) -> Objective:
             return build({**node, **changes}, Objective)

@@ -88,8 +88,8 @@ class Linear(Schedule):
 
     def value(self, progress: Progress) -> float:
         x = min(1.0, max(0.0, (progress.share - self.begin) / (self.until - self.begin)))
-        weight = self.weight(x)
-        return (1 - weight) * self.start + weight * self.end  # exact at both ends
+        weight, way = self.weight(x), self.end - self.start
+        return self.start + weight * way if weight < 0.5 else self.end - (1 - weight) * way  # exact at both ends
 
     def weight(self, x: float) -> float:
         """How much of the way from `start` to `end` lies behind, after the share `x` of the time."""

@@ -15,6 +15,7 @@ from kdcli.api import Batch, Objective, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
 from kdcli.train.conformance.candidate import Candidate
 from kdcli.train.conformance.suite import CHECKS, Check, outcome_of
+from kdcli.train.schedule import start_values
 from tests.toys import batch as toy_batch
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs/objective").glob("*.yaml"))
@@ -24,7 +25,7 @@ every_objective = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path
 
 def parts(path: Path) -> tuple[type[Objective], dict[str, Any]]:
     """The class that a YAML file names, and its settings."""
-    node = yaml.safe_load(path.read_text())
+    node = start_values(yaml.safe_load(path.read_text()))
     module, name = node.pop("_target_").rsplit(".", 1)
     return getattr(importlib.import_module(module), name), node
 
