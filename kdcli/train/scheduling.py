@@ -52,9 +52,7 @@ class Schedules(Stateful):
         """Raises ConfigError when the state is of other schedules."""
         if state.keys() != self.state_dict().keys():
             then, now = (", ".join(names) or "none" for names in (state, self.state_dict()))
-            raise ConfigError(
-                f"objective: the checkpoint was saved with other schedules ({then}) than there are ({now})"
-            )
+            raise ConfigError(f"objective: the checkpoint was saved with the schedules {then}, but there are {now}")
         for (term, setting), schedule in self.schedules.items():
             schedule.load_state_dict(state[f"{term}.{setting}"])
 
