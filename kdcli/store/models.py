@@ -44,9 +44,14 @@ def load_config(path: str, *, revision: str | None = None, trust_remote_code: bo
     """The transformers config of a model, without its weights. Raises ConfigError if there is no such model."""
     from transformers import AutoConfig
 
-    where, options = _locate(path, "bfloat16", revision, trust_remote_code)
+    where, options = _locate(path, "config", revision, trust_remote_code)
     with _explained(path, "config"):
         return AutoConfig.from_pretrained(where, **options)
+
+
+def real_ids(tokenizer: Any) -> int:
+    """How many ids a tokenizer has; a model's padded rows beyond them are no tokens."""
+    return 1 + max(tokenizer.get_vocab().values())
 
 
 def load_model(
@@ -98,7 +103,7 @@ def require_complete(path: str, report: Mapping[str, Any]) -> None:
 
 
 def _locate(path: str, part: str, revision: str | None, trust: bool) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds `part` (tokenizer, or weights in a dtype) of a model, and how it should look."""
+    """Where transformers finds `part` (tokenizer, config, or weights in a dtype) of a model, and how to look there."""
     local = paths.resolve(path) if "://" in path else Path(path).expanduser()
     if local.exists():
         if revision is not None or trust:
@@ -164,7 +169,7 @@ def _explained(path: str, what: str) -> Iterator[None]:
 
 
 def _converted(file: Path, part: str) -> Path:
-    """The folder with a GGUF file's tokenizer, or its weights de-quantized to a dtype, as transformers saves them.
+    """The folder with a GGUF file's tokenizer, config, or weights de-quantized to a dtype, as transformers saves them.
 
     Reading GGUF takes tens of seconds, so it happens once per content of the file and version of transformers.
     """
@@ -184,10 +189,11 @@ def _converted(file: Path, part: str) -> Path:
 
 
 def _convert(file: Path, part: str, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    if part == "tokenizer":
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+    if part in ("tokenizer", "config"):
+        kind = AutoTokenizer if part == "tokenizer" else AutoConfig
+        kind.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
         return
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, which save_pretrained imports, warns
@@ -204,4 +210,4 @@ def _convert(file: Path, part: str, folder: Path) -> None:
 
 
 def _named(part: str) -> str:
-    return part if part == "tokenizer" else f"weights ({part})"
+    return part if part in ("tokenizer", "config") else f"weights ({part})"

@@ -8,10 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Student
+from kdcli.api import Batch, ModelShape, Need, Student, StudentOutput
 from kdcli.errors import ConfigError
 from kdcli.store import paths
-from kdcli.store.models import load_model, load_tokenizer
+from kdcli.store.layers import provides, run, shape_of
+from kdcli.store.models import load_config, load_model, load_tokenizer, real_ids
 
 
 class HFStudent(Student):
@@ -20,6 +21,7 @@ class HFStudent(Student):
     `tokenizer` names another model's tokenizer; by default it is the student's own, or else the teacher's.
     `chat_template` is a Jinja template, or a file that holds one, in place of the tokenizer's.
     `dtype` is that of the parameters as they are loaded; how they are trained is the engine's `precision`.
+    `attention=eager` lets it show its attention probabilities.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class HFStudent(Student):
         self.attention = attention
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.provides = provides(attention)
         self.model: Any = None  # until `load` or student_init
         self.tokenizer: Any = None
         self.device = torch.device("cpu")
@@ -76,6 +79,27 @@ class HFStudent(Student):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model.base_model(**batch.model_inputs()).last_hidden_state
+
+    def states(self, batch: Batch, needs: Need) -> StudentOutput:
+        """Raises ConfigError for layers that this model cannot show."""
+        layers = run(self.model, batch.model_inputs(), needs)
+        return StudentOutput(
+            hidden=layers.hidden,
+            head=self.head,
+            hidden_states=layers.hidden_states,
+            attentions=layers.attentions,
+            relations=layers.relations,
+            embedding=self.model.get_input_embeddings().weight if Need.HIDDEN in needs else None,
+        )
+
+    def shape(self) -> ModelShape | None:
+        """Of the model, or else of the config of `path`; None while there is neither."""
+        if self.model is not None:
+            return shape_of(self.model.config, self.head.vocab_size)
+        if self.path is None:
+            return None
+        config = load_config(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return shape_of(config, real_ids(self.load_tokenizer()))
 
     def _take_tokenizer(self, tokenizer: Any) -> None:
         """Hold a tokenizer, with our chat template (on a copy: it may be the teacher's too)."""

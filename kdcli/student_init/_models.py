@@ -10,7 +10,9 @@ from kdcli.errors import ConfigError
 
 def tokenizer_of(student: Student, teacher: Teacher) -> Any:
     """The student's tokenizer, or else the teacher's. Raises ConfigError if neither has one."""
-    tokenizer = student.tokenizer if student.tokenizer is not None else teacher.load_tokenizer()
+    tokenizer = student.tokenizer
+    for model in (student, teacher):
+        tokenizer = model.load_tokenizer() if tokenizer is None else tokenizer
     if tokenizer is None:
         raise ConfigError("the student has no tokenizer: set student.tokenizer, or a teacher whose tokenizer it shares")
     return tokenizer

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from kdcli.api import Student, StudentInit, Teacher
+from kdcli.api import ModelShape, Student, StudentInit, Teacher
 from kdcli.errors import ConfigError
-from kdcli.store.models import load_config
+from kdcli.store.layers import shape_of
+from kdcli.store.models import load_config, real_ids
 from kdcli.student_init._models import size, tokenizer_of
 
 log = logging.getLogger(__name__)
@@ -32,23 +34,35 @@ class FromConfig(StudentInit):
         self.overrides = dict(overrides or {})
         self.seed = seed
 
+    def shape(self, student: Student, teacher: Teacher) -> ModelShape:
+        tokenizer = tokenizer_of(student, teacher)
+        with _explained():
+            return shape_of(_config(self.config, self.overrides, tokenizer), real_ids(tokenizer))
+
     def __call__(self, student: Student, teacher: Teacher) -> None:
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoModelForCausalLM
 
         tokenizer = tokenizer_of(student, teacher)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _explained():
             torch.manual_seed(self.seed)
-            try:
-                model = AutoModelForCausalLM.from_config(
-                    _config(self.config, self.overrides, tokenizer),
-                    dtype=getattr(torch, student.dtype),
-                    attn_implementation=student.attention,
-                )
-            except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError, ImportError) as error:
-                raise ConfigError(f"student_init.config: {' '.join(str(error).split())}") from error
+            model = AutoModelForCausalLM.from_config(
+                _config(self.config, self.overrides, tokenizer),
+                dtype=getattr(torch, student.dtype),
+                attn_implementation=student.attention,
+            )
         log.info("student: random weights, seed %d, %s", self.seed, size(model))
         student.adopt(model, tokenizer)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what transformers raises for an impossible architecture into a ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (StrictDataclassError, ValueError, TypeError, ZeroDivisionError, ImportError) as error:
+        raise ConfigError(f"student_init.config: {' '.join(str(error).split())}") from error
 
 
 def _config(source: Mapping[str, Any] | str, overrides: Mapping[str, Any], tokenizer: Any) -> Any:
@@ -65,7 +79,7 @@ def _config(source: Mapping[str, Any] | str, overrides: Mapping[str, Any], token
     else:
         _check("config", base, kind)
         asked = base | dict(overrides)
-    real = 1 + max(tokenizer.get_vocab().values())
+    real = real_ids(tokenizer)
     rows = asked.get("vocab_size", real)
     if rows < real:
         raise ConfigError(f"student_init: vocab_size is {rows}, but the tokenizer has {real} ids; leave it out")

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
-from kdcli.api import Student, StudentInit, Teacher
+from kdcli.api import ModelShape, Student, StudentInit, Teacher
 from kdcli.errors import ConfigError
-from kdcli.store.models import require_complete
+from kdcli.store.layers import stack
+from kdcli.store.models import real_ids, require_complete
 from kdcli.student_init._models import size, tokenizer_of
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,16 @@ class KeepLayers(StudentInit):
 
     def __init__(self, *, layers: Sequence[int]) -> None:
         self.layers = list(layers)
+
+    def shape(self, student: Student, teacher: Teacher) -> ModelShape | None:
+        """What is cut, with fewer layers. Raises ConfigError as the cut itself does."""
+        own = student.shape()
+        whole = own or teacher.shape()
+        if whole is None or student.model is not None:
+            return own
+        _check(self.layers, whole.layers)
+        size = min(whole.vocab_size, real_ids(tokenizer_of(student, teacher)))
+        return replace(whole, layers=len(self.layers), vocab_size=size)
 
     def __call__(self, student: Student, teacher: Teacher) -> None:
         source = student.model if student.model is not None else getattr(teacher, "model", None)
@@ -45,8 +56,8 @@ def cut(source: Any, layers: Sequence[int], *, dtype: str = "float32", attention
     """
     total = source.config.get_text_config().num_hidden_layers
     _check(layers, total)
-    stack = _stack(source, total)
-    model_state = ((_renumbered(name, stack, layers), value) for name, value in source.state_dict().items())
+    prefix = stack(source)[0] + "."
+    model_state = ((_renumbered(name, prefix, layers), value) for name, value in source.state_dict().items())
     state = {name: value.detach().clone() for name, value in model_state if name is not None}
     config = _cut_config(source.config, layers, total)
     model, report = type(source).from_pretrained(
@@ -70,21 +81,12 @@ def _check(layers: Sequence[int], total: int) -> None:
         raise ConfigError(f"student_init.layers: {problem}; name each layer to keep once, from 0 to {total - 1}")
 
 
-def _stack(source: Any, total: int) -> str:
-    """The name of the list of layers, such as `model.layers.`, in the state dict."""
-    decoder = {id(module) for module in source.get_decoder().modules()}
-    for name, module in source.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == total and id(module) in decoder:
-            return name + "."
-    raise ConfigError(f"student_init=keep_layers finds no list of {total} layers in {type(source).__name__}")
-
-
-def _renumbered(name: str, stack: str, layers: Sequence[int]) -> str | None:
+def _renumbered(name: str, prefix: str, layers: Sequence[int]) -> str | None:
     """A weight's name in the cut model, None if its layer is left out."""
-    if not name.startswith(stack):
+    if not name.startswith(prefix):
         return name
-    number, _, rest = name.removeprefix(stack).partition(".")
-    return f"{stack}{list(layers).index(int(number))}.{rest}" if int(number) in layers else None
+    number, _, rest = name.removeprefix(prefix).partition(".")
+    return f"{prefix}{list(layers).index(int(number))}.{rest}" if int(number) in layers else None
 
 
 def _cut_config(config: Any, layers: Sequence[int], total: int) -> Any:

@@ -7,20 +7,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Need, Teacher, TeacherSignal, TeacherView
-from kdcli.ops.chunked import chunk_size
+from kdcli.api import Batch, ModelShape, Need, Teacher, TeacherSignal, TeacherView
+from kdcli.errors import ConfigError
+from kdcli.ops.chunked import chunk_size, target_logprobs
 from kdcli.ops.head import Head
-from kdcli.store.models import load_model, load_tokenizer
+from kdcli.store.layers import provides, run, shape_of
+from kdcli.store.models import load_config, load_model, load_tokenizer, real_ids
 
 
 class HFTeacher(Teacher):
     """A folder, a hub id, `recipes://…` or a GGUF file (`package://DISTRIBUTION/FILE.gguf`), loaded in `dtype`.
 
     The signal holds the hidden states [B, T, D] that predict each target, and the head cut to the tokenizer's
-    real ids. Its arithmetic is `dtype`'s, whatever the student is trained in.
+    real ids. Its arithmetic is `dtype`'s, whatever the student is trained in. `attention=eager` lets it show its
+    attention probabilities.
     """
-
-    provides = Need.DISTRIBUTION | Need.LOGITS | Need.LOGPROBS | Need.HIDDEN
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class HFTeacher(Teacher):
         self.attention = attention
         self.revision = revision
         self.trust_remote_code = trust_remote_code
+        self.provides = Need.DISTRIBUTION | Need.LOGITS | Need.LOGPROBS | provides(attention)
         self.model: Any = None  # transformers.PreTrainedModel, from `load` on
         self.head: Head | None = None
 
@@ -54,26 +56,50 @@ class HFTeacher(Teacher):
             revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         ).requires_grad_(False)
-        self.head = Head.of(self.model, 1 + max(self.tokenizer.get_vocab().values()))
+        self.head = Head.of(self.model, real_ids(self.tokenizer))
+
+    def shape(self) -> ModelShape:
+        """Of the loaded model, or else of its config, which needs no weights."""
+        if self.model is not None and self.head is not None:
+            return shape_of(self.model.config, self.head.vocab_size)
+        config = load_config(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+        return shape_of(config, real_ids(self.load_tokenizer()))
 
     @torch.no_grad()
     def annotate(self, batch: Batch, needs: Need) -> TeacherSignal:
+        """One pass through the model. Raises ConfigError for attention or relations where the teacher has its own view
+        of the batch: they compare every position with every other, so both models must see the same ids."""
         if not needs:
             return TeacherSignal()
         assert self.head is not None, "load() comes before annotate()"
         view = batch.teacher
+        if view is not None and needs & (Need.ATTENTION | Need.RELATIONS):
+            raise ConfigError(
+                "teacher: it reads another prompt or has another tokenizer, but attention and relations are compared "
+                "position by position; leave teacher_prompt out of the data, or drop the objectives that need them"
+            )
         inputs = (batch if view is None else view).model_inputs()
         with torch.autocast(batch.input_ids.device.type, enabled=False):
-            output = self.model.base_model(**inputs, output_hidden_states=Need.HIDDEN in needs)
-            hidden = _at_targets(output.last_hidden_state, view)
-            return TeacherSignal(
+            layers = run(self.model, inputs, needs)
+            hidden = _at_targets(layers.hidden, view)
+            states = layers.hidden_states
+            signal = TeacherSignal(
                 hidden=hidden,
                 head=self.head,
-                logprobs=_target_logprobs(hidden, self.head, batch) if Need.LOGPROBS in needs else None,
-                hidden_states=tuple(_at_targets(layer, view) for layer in output.hidden_states)
-                if Need.HIDDEN in needs
-                else None,
+                hidden_states=None if states is None else tuple(_at_targets(layer, view) for layer in states),
+                attentions=layers.attentions,
+                relations=layers.relations,
+                embedding=self.model.get_input_embeddings().weight if Need.HIDDEN in needs else None,
             )
+            if view is not None and view.targets is not None:
+                assert view.mask is not None, "a view of another tokenizer says which targets are of the answer"
+                signal.own_hidden = layers.hidden
+                if Need.LOGPROBS in needs:
+                    signal.own_logprobs = _logprobs(layers.hidden, self.head, view.targets, view.mask)
+            elif Need.LOGPROBS in needs:
+                seen = batch.mask if view is None else batch.mask & (view.position >= 0)
+                signal.logprobs = _logprobs(hidden, self.head, batch.targets, seen)
+        return signal
 
 
 def _at_targets(hidden: Tensor, view: TeacherView | None) -> Tensor:
@@ -81,13 +107,10 @@ def _at_targets(hidden: Tensor, view: TeacherView | None) -> Tensor:
     if view is None:
         return hidden
     index = view.position.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-    return hidden.gather(1, index) * (view.position >= 0).unsqueeze(-1)
+    return hidden.gather(1, index).masked_fill((view.position < 0).unsqueeze(-1), 0.0)
 
 
-def _target_logprobs(hidden: Tensor, head: Head, batch: Batch) -> Tensor:
-    """log p(target) [B, T] in float32, 0 where a target is not supervised; the head sees a chunk at a time."""
-    size = chunk_size(head.vocab_size, hidden.device)
-    chunks = zip(hidden[batch.mask].split(size), batch.targets[batch.mask].split(size), strict=True)
-    values = [torch.log_softmax(head(h), dim=-1).gather(-1, t.unsqueeze(-1))[:, 0] for h, t in chunks]
-    logprobs = torch.zeros(batch.mask.shape, device=hidden.device)
-    return logprobs.masked_scatter(batch.mask, torch.cat(values))
+def _logprobs(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor) -> Tensor:
+    """log p(target), [B, T] in float32, 0 where `mask` is False; the head sees a chunk at a time."""
+    values = target_logprobs(hidden[mask], head, targets[mask], chunk_size(head.vocab_size, hidden.device))
+    return torch.zeros(mask.shape, device=hidden.device).masked_scatter(mask, values)
