@@ -48,6 +48,71 @@ def test_a_loss_is_the_weighted_mean_of_its_terms(tmp_path):
         assert line["loss/total"] == pytest.approx(0.25 * line["loss/kd"] + 0.5 * line["loss/ce"], rel=1e-5)
 
 
+def scheduled(**settings: object) -> dict:
+    return {"kd": {"_target_": "kdcli.objective.forward_kl.ForwardKL", **settings}}
+
+
+def told(run_dir: Path, name: str) -> list[float]:
+    """A metric of each step that has it."""
+    return [line[name] for line in runs.lines(run_dir) if name in line]
+
+
+def test_a_constant_schedule_is_the_number(tmp_path):
+    number = runs.write_run(tmp_path / "number", objective=scheduled(temperature=2.0))
+    schedule = {"schedule": "constant", "value": 2}
+    constant = runs.write_run(tmp_path / "constant", objective=scheduled(temperature=schedule))
+    assert runs.work(number) == [0]
+    assert runs.work(constant) == [0]
+    assert told(constant, "objective/kd/temperature") == [2.0] * 4
+    for name in ("loss/kd", "grad_norm"):
+        assert told(constant, name) == told(number, name)
+
+
+def test_a_weight_may_fall_to_zero(tmp_path):
+    """The other term goes on alone; the values told are those that each step was made with."""
+    weight = {"schedule": "linear", "start": 2, "end": 0, "until": 0.5}
+    objective = scheduled(weight=weight) | {"ce": {"_target_": "kdcli.objective.cross_entropy.CrossEntropy"}}
+    run_dir = runs.write_run(tmp_path, objective=objective)
+    assert runs.work(run_dir) == [0]
+    assert told(run_dir, "objective/kd/weight") == [2.0, 1.0, 0.0, 0.0]
+    for line in runs.lines(run_dir):
+        total = line["objective/kd/weight"] * line["loss/kd"] + line["loss/ce"]
+        assert line["loss/total"] == pytest.approx(total, rel=1e-5)
+        assert line["grad_norm"] > 0
+
+
+def test_an_epoch_is_a_pass_over_all_rows(tmp_path):
+    """24 rows, 4 in a step: 6 steps."""
+    epochs = {"schedule": "epochs", "values": [3, 2]}
+    run_dir = runs.write_run(tmp_path, run__steps=14, run__save_every=0, objective=scheduled(temperature=epochs))
+    assert runs.work(run_dir) == [0]
+    commit = json.loads((run_dir / "checkpoints/step-000014/COMMIT.json").read_text())
+    assert sum(commit["data"]["rows"].values()) == 24
+    assert told(run_dir, "objective/kd/temperature") == [3.0] * 6 + [2.0] * 8
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_schedules_go_on_exactly(ranks, tmp_path):
+    """TAID's alpha is so large that t is far from the line: begun anew after the checkpoint, it would lag."""
+    changes = {
+        "run__steps": 6,
+        "objective": scheduled(
+            temperature={"schedule": "taid", "start": 0.4, "end": 1.0, "alpha": 0.9},
+            weight={"schedule": "cosine", "start": 1, "end": 0.1},
+        ),
+    }
+    whole = runs.write_run(tmp_path / "whole", **changes)
+    assert runs.work(whole, ranks=ranks) == [0] * ranks
+    stopped = runs.write_run(tmp_path / "stopped", **changes)
+    assert runs.work(stopped, ranks=ranks, fault="step.optim:step=4:kill") != [0] * ranks
+    assert runs.checkpoints(stopped) == ["step-000002"]
+    assert runs.work(stopped, ranks=ranks) == [0] * ranks
+    assert runs.lines(stopped) == runs.lines(whole)
+    temperature = told(whole, "objective/kd/temperature")
+    assert temperature[:2] == [0.4, 0.4]
+    assert all(value > 0.4 + 0.6 * done / 6 + 0.02 for done, value in enumerate(temperature[2:], 2))
+
+
 def test_training_lowers_the_loss_towards_the_teacher(tmp_path):
     run_dir = runs.write_run(tmp_path, run__steps=30, run__save_every=0, evaluation=runs.heldout(tmp_path))
     assert runs.work(run_dir) == [0]
