@@ -137,5 +137,5 @@ def _split(logprobs: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rest(single: Tensor, others: Tensor) -> Tensor:
     """[C, 1] log of what is left of 1: unmatched ids, and what else could have stood where the other tokens are."""
-    missed = log1mexp(others.clamp(max=-1e-10)).unsqueeze(-1)  # log 0 of a span of one token has no slope
+    missed = log1mexp(others.clamp(max=-1e-30)).unsqueeze(-1)  # log 0 of a span of one token has no slope
     return torch.cat([single, missed], -1).logsumexp(-1, keepdim=True)
