@@ -60,12 +60,11 @@ def component_problems(node: Any, group: str, where: str) -> list[str]:
         return [f"{where}: {error}"]
     known = settings(target, skip=1 if group in THIRD_PARTY else 0)
     given = {key: value for key, value in node.items() if key != "_target_"}
-    if known is None:
-        known = {
-            key: Setting(float, False) for key, value in given.items() if group == "objective" and is_schedule(value)
-        }
-        given = {key: given[key] for key in known}
-    return _settings_problems(given, known, where, f"{target.__name__} has no such setting", group == "objective")
+    may_change = group == "objective"
+    if known is None:  # it takes any keyword; a schedule is ours to check all the same
+        given = {key: value for key, value in given.items() if may_change and is_schedule(value)}
+        known = {key: Setting(float, required=False, default=None) for key in given}
+    return _settings_problems(given, known, where, f"{target.__name__} has no such setting", may_change)
 
 
 def _section_problems(node: Any, schema: type, section: str) -> list[str]:

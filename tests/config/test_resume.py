@@ -69,3 +69,17 @@ def test_each_key_is_free_warned_about_or_refused(path: str, value: Any, kind: s
 def test_a_change_shows_both_values() -> None:
     assert compare(OLD, changed("batch.size", 16)).refusals == ["batch.size: 8 -> 16"]
     assert compare(OLD, changed("data.path", "x")).refusals == ["data.path: absent -> 'x'"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine", "taid", "epochs", "constant"])
+def test_more_steps_are_warned_about_where_a_schedule_is_spread_over_them(kind: str) -> None:
+    kd = {"_target_": "K", "weight": 1.0, "temperature": {"schedule": kind}}
+    old, new = ({**changed("run.steps", steps), "objective": {"kd": kd, "off": None}} for steps in (10, 20))
+    spread = ["objective.kd.temperature spread over run.steps: 10 -> 20"]
+    assert compare(old, new) == (["run.steps: 10 -> 20"], spread if kind in ("linear", "cosine", "taid") else [], [])
+    assert compare(old, copy.deepcopy(old)) == ([], [], [])
+
+
+def test_another_schedule_is_another_objective() -> None:
+    new = changed("objective.kd.weight", {"schedule": "linear", "start": 1, "end": 0})
+    assert compare(OLD, new).refusals[0] == "objective.kd.weight: 1.0 -> absent"
