@@ -32,10 +32,12 @@ class CrossEntropy(Objective):
         return value
 
     def closed_form(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> tuple[Tensor, Tensor]:
-        """d / dz = q - (1 - e) onehot(y) - e / V."""
+        return self.forward(batch, student, teacher), self.gradient(batch, student)
+
+    def gradient(self, batch: Batch, student: StudentOutput) -> Tensor:
+        """d / dz = q - (1 - e) onehot(y) - e / V, [1, C, V]."""
         gradient = student.log_q().exp()
         if self.label_smoothing:
             gradient.sub_(self.label_smoothing / gradient.shape[-1])
         share = torch.full_like(batch.targets, 1, dtype=gradient.dtype).mul_(self.label_smoothing - 1)
-        gradient.scatter_add_(-1, batch.targets.unsqueeze(-1), share.unsqueeze(-1))
-        return self.forward(batch, student, teacher), gradient
+        return gradient.scatter_add_(-1, batch.targets.unsqueeze(-1), share.unsqueeze(-1))

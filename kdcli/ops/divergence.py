@@ -166,6 +166,19 @@ def alpha_beta_gradient(log_p: Tensor, log_q: Tensor, alpha: float, beta: float)
     return alpha_beta(log_p, log_q, alpha, beta), slope.sub_(log_q.exp().mul_(total))
 
 
+def interpolated_kl(log_p: Tensor, log_q: Tensor, t: float) -> Tensor:
+    """KL(p_t || q) with p_t = softmax(t log p + (1 - t) log q), its log q held fixed (no gradient through p_t).
+
+    TAID, arXiv:2501.16937. KL(p || q) at t = 1, and 0 at t = 0.
+    """
+    return forward_kl(_between(log_p, log_q.detach(), t), log_q)
+
+
+def interpolated_kl_gradient(log_p: Tensor, log_q: Tensor, t: float) -> ValueAndGradient:
+    """q - p_t."""
+    return forward_kl_gradient(_between(log_p, log_q, t), log_q)
+
+
 def logit_mse(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Mean squared difference of logits, each centred over the vocabulary: the variance of log p - log q over S."""
     return (log_p - log_q).var(-1, correction=0)
@@ -204,6 +217,11 @@ def decoupled_kl_gradient(
 def entropy(log_p: Tensor) -> Tensor:
     """-sum p log p in nats."""
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def _between(log_p: Tensor, log_q: Tensor, t: float) -> Tensor:
+    """log softmax of t log p + (1 - t) log q."""
+    return torch.log_softmax(torch.lerp(log_q, log_p, t), dim=-1)
 
 
 def _log_mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:

@@ -46,12 +46,13 @@ class Head:
         return replace(self, weight=self.weight[: self.vocab_size].detach().to(dtype))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., D] -> logits [..., V] in float32."""
+        """Hidden states [..., D] -> logits [..., V] in float32 (in float64 with a float64 weight)."""
         weight = self.weight[: self.vocab_size]
         flat = hidden.reshape(-1, hidden.shape[-1])  # of three dimensions, matmul would copy the weight
-        logits = torch.nn.functional.linear(flat.to(weight.dtype), weight).float()
+        logits = torch.nn.functional.linear(flat.to(weight.dtype), weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.bias is not None:
-            logits = logits + self.bias[: self.vocab_size].float()
+            logits = logits + self.bias[: self.vocab_size].to(logits.dtype)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:

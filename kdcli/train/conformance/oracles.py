@@ -6,6 +6,8 @@ An oracle has the name of its objective's module. It takes one target's logits y
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -94,6 +96,31 @@ def dkd(y: Logits, z: Logits, target: int, alpha: float, beta: float) -> float:
     two_y, two_z = (np.array([one[target], _log_sum_exp(np.delete(one, target))]) for one in (y, z))
     binary = _kl(_log_softmax(two_y), _log_softmax(two_z))
     return alpha * binary + beta * _kl(_log_softmax(others_y), _log_softmax(others_z))
+
+
+def taid(y: Logits, z: Logits, target: int, t: float) -> float:
+    return _kl(_log_softmax(z + t * (y - z)), _log_softmax(z))
+
+
+def step_by_step(y: Logits, z: Logits, target: int, alpha: float, label_smoothing: float) -> float:
+    """Of a label: no domain of the suite holds rationales."""
+    return 2 * alpha * cross_entropy(y, z, target, label_smoothing)
+
+
+def hinge_ranking(y: Logits, z: Logits, target: int, top_k: int, margin: float | None) -> float:
+    losses = [
+        max(0.0, (y[k] - y[other] if margin is None else margin) - (z[k] - z[other])) for k, other in _pairs(y, top_k)
+    ]
+    return float(np.mean(losses))
+
+
+def logistic_ranking(y: Logits, z: Logits, target: int, top_k: int) -> float:
+    return float(np.mean([np.logaddexp(0.0, z[other] - z[k]) for k, other in _pairs(y, top_k)]))
+
+
+def _pairs(y: Logits, top_k: int) -> list[tuple[int, int]]:
+    """The teacher's likeliest ids, two by two, the likelier first."""
+    return list(combinations(np.argsort(-y)[:top_k].tolist(), 2))
 
 
 def _log_sum_exp(x: Logits) -> float:
