@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from kdcli.api import Batch, Need, Objective, StudentOutput, TeacherSignal, TokenSettings
 from kdcli.errors import ConfigError
-from kdcli.objective._tempered import Vocabulary
+from kdcli.objective._tempered import Vocabulary, refuse_other_vocabulary
 
 
 class RankingSettings(TokenSettings, total=False):
@@ -37,6 +37,10 @@ class Ranking(Objective):
             raise ConfigError(f"{type(self).__name__}: top_k is {top_k}; set at least 2 ids, or there is no pair")
         self.top_k = top_k
         self.vocabulary = vocabulary
+
+    def match(self, student: Any, teacher: Any) -> None:
+        if self.vocabulary == "error":
+            refuse_other_vocabulary(type(self).__name__, student, teacher)
 
     @abstractmethod
     def pair_loss(self, gap: Tensor, teacher_gap: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Unpack
+from typing import Any, ClassVar, Literal, Unpack
 
 from torch import Tensor
 
@@ -27,8 +27,8 @@ class Tempered(Objective):
     `temperature_scale`: `t2` multiplies value and gradient by T squared (Hinton et al. 2015, so that the gradient's
     size does not depend on T); `none` leaves both alone. `vocabulary`, of models that have unequally many real ids
     (padded rows of an embedding are none): `shared` cuts both to the ids that both have, before any softmax; `error`
-    refuses them. The Distiller cuts and refuses: an objective sees equal vocabularies. Raises ConfigError if the
-    temperature is not positive.
+    refuses them. The Distiller cuts: an objective sees equal vocabularies. Raises ConfigError if the temperature is
+    not positive.
 
     What a subclass says of itself here, `kdcli verify` holds it to.
     """
@@ -53,6 +53,10 @@ class Tempered(Objective):
         self.temperature_scale = temperature_scale
         self.vocabulary = vocabulary
 
+    def match(self, student: Any, teacher: Any) -> None:
+        if self.vocabulary == "error":
+            refuse_other_vocabulary(type(self).__name__, student, teacher)
+
     @property
     def scale(self) -> float:
         """What multiplies the value: T squared, or 1."""
@@ -76,3 +80,13 @@ class Tempered(Objective):
         if self.scale == 1.0 and self.temperature == 1.0:
             return value, gradient
         return value * self.scale, gradient.mul_(self.scale / self.temperature)
+
+
+def refuse_other_vocabulary(name: str, student: Any, teacher: Any) -> None:
+    """Raises ConfigError where two tokenizers do not have equally many ids."""
+    own, theirs = (1 + max(tokenizer.get_vocab().values()) for tokenizer in (student, teacher))
+    if own != theirs:
+        raise ConfigError(
+            f"{name}: vocabulary is error, and the student has {own:,} ids but the teacher {theirs:,}; set "
+            "vocabulary=shared to cut both to the ids they share, or choose a student with the teacher's vocabulary"
+        )

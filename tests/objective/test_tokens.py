@@ -474,6 +474,16 @@ def test_settings_outside_the_formula_are_refused(kind: type[Objective], setting
         kind(**settings)
 
 
+@pytest.mark.parametrize("kind", [ForwardKL, DIST, LogisticRanking])
+def test_unequal_vocabularies_are_refused_where_that_is_asked_for(kind: Callable[..., Objective]) -> None:
+    small, large = (SimpleNamespace(get_vocab=lambda n=n: {str(i): i for i in range(n)}) for n in (10, 12))
+    for objective in (kind(vocabulary="shared"), kind(vocabulary="error")):
+        objective.match(small, small)
+    kind(vocabulary="shared").match(small, large)
+    with pytest.raises(ConfigError, match="student has 10 ids but the teacher 12; set vocabulary=shared"):
+        kind(vocabulary="error").match(small, large)
+
+
 def test_saturated_logits_stay_finite() -> None:
     batch, y, z = chunk()
     objectives = (TAID(), HingeRanking(), LogisticRanking(), Sampled(), StepByStep())
