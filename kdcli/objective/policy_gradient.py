@@ -31,7 +31,7 @@ class PolicyGradient(Objective):
     `cliprange_reward`, `clip` PPO's range, max(-A rho, -A clip(rho, 1 - clip, 1 + clip)). With text of the mixture
     (1 - a) q + a p (`teacher_mixed_alpha`), q_old is the mixture, so that rho has its importance weight w in it.
     The exact single-step part is another term, objective reverse_kl; `own_reward: false` then leaves r_t out of A_t,
-    as in the paper's decomposition (the official code counts it in both). Its loss on pre-training text is cross_entropy.
+    as in the paper's decomposition (the official code counts it in both). Its pre-training loss is cross_entropy.
 
     Departs from MiniLLM: `normalize` is within a sequence, since the mean and deviation of a batch would couple
     micro-batches (`whiten`: the official code's; `center`: tinker's); q in the reward is the present student's and not
