@@ -76,13 +76,28 @@ def _inside(config_path: str) -> str:
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's loader, which refuses a composed config that would run code before anything acts on it."""
+    """Hydra's loader, with two changes: a composed config that would run code is refused before anything acts on it,
+    and a schedule that is typed (`objective.kd.t={schedule: linear, …}`) replaces what is there, as a number does,
+    where Hydra would merge it into a schedule of another kind."""
 
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        config = super().load_configuration(*args, **kwargs)
+    _replaced: Sequence[str] = ()
+
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        self._replaced = [place for one in overrides if (place := _place_of_schedule(one))]
+        config = super().load_configuration(config_name, overrides, *args, **kwargs)
         _drop_leftovers(config)
-        _replace_schedules(config)
+        _drop_of_other_schedules(config)
         guard.refuse_code(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+        return config
+
+    def _compose_config_from_defaults_list(self, *args: Any, **kwargs: Any) -> DictConfig:
+        """The config before what was typed is applied."""
+        config = super()._compose_config_from_defaults_list(*args, **kwargs)
+        for place in self._replaced:
+            if isinstance(OmegaConf.select(config, place), DictConfig):
+                OmegaConf.update(config, place, None)
         return config
 
 
@@ -170,28 +185,54 @@ def _drop_leftovers(config: DictConfig) -> None:
                     del node[name]
 
 
-def _replace_schedules(config: DictConfig) -> None:
-    """A schedule that the command writes out (`objective.kd.t={schedule: linear, …}`) is the whole of it: Hydra would
-    leave what another kind of schedule had been told."""
-    given = [OverridesParser.create().parse_override(one) for one in config.hydra.overrides.task]
-    for one in given:
-        value = None if one.is_sweep_override() or one.is_delete() else one.value()
-        node = OmegaConf.select(config, one.key_or_group)
-        if not isinstance(value, dict) or "schedule" not in value or not isinstance(node, DictConfig):
-            continue
-        with open_dict(config):
-            for name in [str(name) for name in node if name not in value]:
-                if not any(other.key_or_group == f"{one.key_or_group}.{name}" for other in given):
-                    del node[name]
+def _place_of_schedule(override: str) -> str | None:
+    """The setting of an objective that is given a schedule, if `override` does that."""
+    if not override.startswith("objective.") or "schedule" not in override:
+        return None
+    parsed = OverridesParser.create().parse_override(override)
+    value = None if parsed.is_sweep_override() else parsed.value()
+    return parsed.key_or_group if isinstance(value, dict) and "schedule" in value else None
+
+
+def _drop_of_other_schedules(config: DictConfig) -> None:
+    """Where a recipe or the command chooses another kind of schedule than the option's file
+    (`objective.kd.t.schedule=linear`), the settings that the file gave its own kind go with it."""
+    typed = {one.lstrip("+").partition("=")[0] for one in config.hydra.overrides.task}
+    terms: Any = OmegaConf.to_container(config, resolve=False).get("objective")  # type: ignore[union-attr]
+    for term, component in (terms if isinstance(terms, dict) else {}).items():
+        for key, node in (component if isinstance(component, dict) else {}).items():
+            place = f"objective.{term}.{key}"
+            if isinstance(node, dict) and "schedule" in node and place not in typed:
+                for name in _told_by_option(str(component.get("_target_")), key, node):
+                    if f"{place}.{name}" not in typed:
+                        _delete(config, f"{place}.{name}")
+
+
+def _told_by_option(target: str, key: str, node: Mapping[str, Any]) -> list[str]:
+    """What an option's file says of its own kind of schedule, and the kind that was chosen instead does not know."""
+    file = catalog.options("objective").get(target.rpartition(".")[0].rpartition(".")[2])
+    default = (yaml.safe_load(file.read_text("utf-8")) if file else {}).get(key)
+    if not isinstance(default, dict) or default.get("schedule") == node["schedule"]:
+        return []
+    from kdcli.config.signature import settings
+    from kdcli.train.schedule import KINDS  # here, because it imports torch
+
+    kind = KINDS.get(str(node["schedule"]))
+    known = settings(kind) or {} if kind else default
+    return [name for name in node if name not in ("schedule", *known) and default.get(name) == node[name]]
 
 
 def _drop(config: DictConfig, place: str) -> None:
     """Remove what a recipe says of a component that the command has removed (`~objective@objective.ce`)."""
     node = OmegaConf.select(config, place)
     if isinstance(node, DictConfig) and "_target_" not in node:
-        parent, _, last = place.rpartition(".")
-        with open_dict(config):
-            del (OmegaConf.select(config, parent) if parent else config)[last]
+        _delete(config, place)
+
+
+def _delete(config: DictConfig, place: str) -> None:
+    parent, _, last = place.rpartition(".")
+    with open_dict(config):
+        del (OmegaConf.select(config, parent) if parent else config)[last]
 
 
 def _job_folder(override_dirname: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -44,6 +45,65 @@ def test_another_option_drops_what_the_recipe_gave_its_own() -> None:
     assert composed("+recipe=tiny", "optimizer=sgd")["optimizer"]["lr"] == 3e-3  # shared settings stay
     typed = composed("+recipe=tiny", "teacher=none", "teacher.path=x")
     assert typed["teacher"]["path"] == "x"  # typed, so it stays and is checked
+
+
+LINEAR = {"schedule": "linear", "start": 4, "end": 1}
+TYPED = "{schedule: linear, start: 4, end: 1}"
+
+
+def t_of(*overrides: str) -> Any:
+    return composed("+recipe=tiny", "objective@objective.kd=taid", *overrides)["objective"]["kd"]["t"]
+
+
+def temperature_of(*overrides: str) -> Any:
+    return composed("+recipe=tiny", *overrides)["objective"]["kd"]["temperature"]
+
+
+def test_a_number_becomes_a_schedule_and_a_schedule_a_number() -> None:
+    assert temperature_of(f"objective.kd.temperature={TYPED}") == LINEAR
+    assert temperature_of(f"objective.kd.temperature={TYPED}", "objective.kd.temperature.end=2") == {**LINEAR, "end": 2}
+    assert temperature_of(f"objective.kd.temperature={TYPED}", "objective.kd.temperature=2") == 2
+    assert t_of("objective.kd.t=0.5") == 0.5
+    assert t_of("objective.kd.t.alpha=0.1") == {**t_of(), "alpha": 0.1}
+    assert t_of()["schedule"] == "taid"
+
+
+def test_a_schedule_keeps_nothing_of_another_kind() -> None:
+    """What is typed beside it stays, and is checked."""
+    assert t_of(f"objective.kd.t={TYPED}") == LINEAR
+    assert t_of("objective.kd.t={schedule: taid, start: 0.1}") == {"schedule": "taid", "start": 0.1}
+    assert t_of("objective.kd.t={schedule: constant, value: 1}") == {"schedule": "constant", "value": 1}
+    assert t_of(f"objective.kd.t={TYPED}", "+objective.kd.t.begin=0.5") == {**LINEAR, "begin": 0.5}
+    assert t_of("objective.kd.t={schedule: linear, alpha: 5e-4}") == {"schedule": "linear", "alpha": 5e-4}
+    assert t_of("objective.kd.t.schedule=cosine") == {"schedule": "cosine", "start": 0.4, "end": 1.0}
+    assert t_of("objective.kd.t.schedule=cosine", "objective.kd.t.alpha=1")["alpha"] == 1
+
+
+def test_what_is_no_schedule_is_left_to_the_checks() -> None:
+    """A term that is nothing, a value that must still be given, a reference that leads nowhere."""
+    assert composed("+recipe=tiny", "objective.kd=3")["objective"]["kd"] == 3
+    assert temperature_of("objective.kd.temperature=???") == "???"
+    assert temperature_of("objective.kd.temperature={schedule: 3}") == {"schedule": 3}
+    with pytest.raises(ConfigError, match="temperature"):
+        composed("+recipe=tiny", "objective.kd.temperature={schedule: linear, start: ${no.such}}")
+
+
+def test_a_misspelt_setting_is_no_schedule_either() -> None:
+    with pytest.raises(ConfigError, match=r"objective\.kd\.temprature: .*did you mean objective\.kd\.temperature"):
+        composed("+recipe=tiny", f"objective.kd.temprature={TYPED}")
+
+
+def test_a_recipe_may_choose_another_schedule_than_the_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/mine.yaml").write_text(
+        "# Mine\ndefaults:\n  - tiny\n  - override /objective@objective.kd: taid\n  - _self_\n"
+        "objective:\n  kd:\n    t: {schedule: epochs, values: [0.2, 0.4]}\n"
+    )
+    config = composed("+recipe=mine")
+    assert config["objective"]["kd"]["t"] == {"schedule": "epochs", "values": [0.2, 0.4]}
+    number = composed("+recipe=mine", "objective.kd.t={schedule: constant, value: 1}")
+    assert number["objective"]["kd"]["t"] == {"schedule": "constant", "value": 1}
 
 
 def test_objectives_are_added_swapped_and_removed_by_name() -> None:
