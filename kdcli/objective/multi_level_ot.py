@@ -103,7 +103,8 @@ class MultiLevelOT(Objective):
 
         def standardized(h: Tensor) -> Tensor:
             logits = head(h)
-            return logits * (logits.var(-1, keepdim=True) + 1e-8).rsqrt()
+            squares = (logits - logits.mean(-1, keepdim=True)).square().sum(-1, keepdim=True)
+            return logits * (squares / (head.vocab_size - 1) + 1e-8).rsqrt()
 
         def pick(h: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
             logits = standardized(h)
