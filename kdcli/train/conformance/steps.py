@@ -9,11 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Objective, StudentOutput, TeacherSignal
+from kdcli.api import Batch, Objective, Scope, StudentOutput, TeacherSignal, Unit
 from kdcli.objective.cross_entropy import CrossEntropy
-from kdcli.train.conformance import models
-from kdcli.train.conformance.candidate import Candidate, Measure
-from kdcli.train.conformance.models import TinyStudent, TinyTeacher, apart, step
+from kdcli.train.conformance import models, records
+from kdcli.train.conformance.batches import cuts
+from kdcli.train.conformance.candidate import Candidate, Measure, NotApplicable
+from kdcli.train.conformance.models import TinyStudent, apart, pair, step
 from kdcli.train.distiller import Distiller
 
 SINGLE = 1e-5  # sums of float32 in another order
@@ -29,86 +30,89 @@ HEADS = (
 
 def chunks_do_not_matter(candidate: Candidate) -> Measure:
     """how many targets share a chunk changes nothing but memory"""
-    whole = models.batch()
-    reference = step(models.distiller(candidate.make(), chunk=1000), [whole])
-    parts = [step(models.distiller(candidate.make(), chunk=size), [whole]) for size in (1, 3, 7)]
+    whole = models.batch(candidate)
+    reference = step(pair(candidate, chunk=1000), [whole])
+    parts = [step(pair(candidate, chunk=size), [whole]) for size in (1, 3, 7)]
     return Measure(max(apart(part, reference) for part in parts), SINGLE)
 
 
 def chunked_is_dense(candidate: Candidate) -> Measure:
     """the chunked head equals whole-batch logits and autograd: tied, untied, bias, scale, soft-cap"""
-    whole, error = models.batch(), 0.0
+    whole, error = models.batch(candidate), 0.0
     for settings in HEADS:
-        objective = candidate.make()
-        model = models.distiller(objective, chunk=5, **settings)
-        error = max(error, apart(step(model, [whole]), _dense(model, objective, whole)))
+        model = pair(candidate, chunk=5, **settings)
+        error = max(error, apart(step(model, [whole]), dense(model, whole)))
+    return Measure(error, SINGLE)
+
+
+def reductions_are_dense_means(candidate: Candidate) -> Measure:
+    """the mean over targets, over sequences of means, and over sequences of sums, of whole-batch values"""
+    if candidate.example.unit is not Unit.TOKEN:
+        raise NotApplicable("its loss is the mean over its units; it has no reduction")
+    whole, error = models.batch(candidate), 0.0
+    for reduction in ("token", "sequence", "batch"):
+        model = models.distiller(candidate.make(reduction=reduction), size=candidate.shapes[1])
+        ends = cuts(whole)
+        parts = [_rows(whole, a, b) for a, b in pairwise((0, ends[len(ends) // 2], ends[-1]))]
+        error = max(error, apart(step(model, parts), dense(model, whole)))
     return Measure(error, SINGLE)
 
 
 def micro_batches_do_not_matter(candidate: Candidate) -> Measure:
-    """any cut of a step into micro-batches gives its loss and gradient: no mean of means"""
-    whole = models.batch(rows=6)
-    reference = step(models.distiller(candidate.make()), [whole])
-    error = 0.0
-    for cuts in ((0, 1, 6), (0, 2, 4, 6), (0, 1, 2, 3, 4, 5, 6)):
-        parts = [models.rows(whole, a, b) for a, b in pairwise(cuts)]
-        error = max(error, apart(step(models.distiller(candidate.make()), parts), reference))
+    """any cut of a step into micro-batches, between groups, gives its loss and gradient: no mean of means"""
+    whole = models.batch(candidate)
+    reference = step(pair(candidate), [whole])
+    ends, error = cuts(whole), 0.0
+    for chosen in (ends[:2] + ends[-1:], ends[::2] + ends[-1:], ends):
+        parts = [_rows(whole, a, b) for a, b in pairwise(chosen) if a < b]
+        error = max(error, apart(step(pair(candidate), parts), reference))
     return Measure(error, SINGLE)
 
 
 def ranks_do_not_matter(candidate: Candidate) -> Measure:
     """gradients that ranks form apart, one of them without a target, add up to one process's"""
-    whole = models.batch()
-    reference = step(models.distiller(candidate.make()), [whole])
-    empty = models.rows(whole, 3, 4)
-    empty = replace(empty, mask=torch.zeros_like(empty.mask))
-    ranks = [models.rows(whole, 0, 3), models.rows(whole, 3, 4), empty]
-    counts = models.distiller(candidate.make()).count(whole)
-    total = torch.zeros_like(reference)
-    for share in ranks:
-        model = models.distiller(candidate.make())
-        loss, _ = model(share, counts)
-        loss.backward()
-        total += models.as_vector(float(loss.detach()), [p.grad for p in model.parameters() if p.requires_grad])
+    whole = models.batch(candidate)
+    reference = step(pair(candidate), [whole])
+    counts, total = pair(candidate).count(whole), torch.zeros_like(reference)
+    for micro_batches in ranks(whole, 3):
+        total += models.share(pair(candidate), micro_batches, counts)
     return Measure(apart(total, reference), SINGLE)
 
 
 def packing_does_not_matter(candidate: Candidate) -> Measure:
     """examples packed into one row give the loss of separate rows"""
-    whole = models.batch()
-    reference = step(models.distiller(candidate.make()), [whole])
-    return Measure(apart(step(models.distiller(candidate.make()), [models.packed(whole)]), reference), SINGLE)
+    whole = models.batch(candidate)
+    reference = step(pair(candidate), [whole])
+    return Measure(apart(step(pair(candidate), [records.packed(whole)]), reference), SINGLE)
 
 
 def masked_targets_do_not_matter(candidate: Candidate) -> Measure:
     """what stands at masked targets, -100 included, and under the padding changes nothing"""
-    whole = models.batch()
-    reference = step(models.distiller(candidate.make()), [whole])
+    whole = models.batch(candidate)
+    reference = step(pair(candidate), [whole])
     changed = replace(
         whole,
         targets=torch.where(whole.mask, whole.targets, -100),
         input_ids=torch.where(whole.attention_mask, whole.input_ids, 3),
     )
-    return Measure(apart(step(models.distiller(candidate.make()), [changed]), reference), SINGLE)
+    return Measure(apart(step(pair(candidate), [changed]), reference), SINGLE)
 
 
 def nothing_to_train_on(candidate: Candidate) -> Measure:
     """no supervised target gives a loss of 0 with a graph and gradients of 0"""
-    whole = models.batch()
-    vector = step(models.distiller(candidate.make()), [replace(whole, mask=torch.zeros_like(whole.mask))])
-    return Measure(float(vector.abs().max()), 0.0)
+    vector = step(pair(candidate), [_without_targets(models.batch(candidate))])
+    return Measure(float(vector.abs().max()) if bool(torch.isfinite(vector).all()) else math.inf, 0.0)
 
 
 def padded_vocabulary(candidate: Candidate) -> Measure:
     """rows of the embeddings that are no tokens, infinite ones included, change nothing"""
-    whole, error = models.batch(), 0.0
-    reference = step(models.distiller(candidate.make(), tied=False), [whole])
+    whole, error = models.batch(candidate), 0.0
+    reference = step(pair(candidate, tied=False), [whole])
     for padding in (1e4, -math.inf, math.nan):
         student = TinyStudent(tied=False)
         with torch.no_grad():
             student.head.weight[models.VOCAB :] = padding
-        vector = step(Distiller(student, TinyTeacher(padding=padding), {"it": candidate.make()}), [whole])
-        error = max(error, apart(vector, reference))
+        error = max(error, apart(step(pair(candidate, student=student, padding=padding), [whole]), reference))
     return Measure(error, SINGLE)
 
 
@@ -116,39 +120,127 @@ def bfloat16(candidate: Candidate) -> Measure:
     """a bfloat16 student errs at most twice as much as plain bfloat16 logits do, in the mean of 8 batches"""
     ours, plain = 0.0, 0.0
     for seed in range(8):
-        whole = models.batch(seed=seed)
+        whole = models.batch(candidate, seed=seed)
         low, exact = (TinyStudent(tied=False, seed=seed).cast(torch.bfloat16) for _ in range(2))
-        reference = step(Distiller(exact.cast(torch.float32), TinyTeacher(), {"it": candidate.make()}), [whole])
-        model = Distiller(low, TinyTeacher(), {"it": candidate.make()})
-        ours += apart(step(model, [whole]), reference) / 8
-        plain += apart(_dense(model, model.terms["it"], whole), reference) / 8
+        model, reference = pair(candidate, student=low), pair(candidate, student=exact.cast(torch.float32))
+        with torch.no_grad():
+            exact.mixing.copy_(low.mixing)
+        expected = step(reference, [whole])
+        ours += apart(step(model, [whole]), expected) / 8
+        plain += apart(dense(model, whole), expected) / 8
     return Measure(ours, 2 * plain)
 
 
 def loss_falls(candidate: Candidate) -> Measure:
-    """20 steps lower the loss, alone and beside cross_entropy (share of the loss that is left)"""
-    whole, left = models.batch(), 0.0
+    """20 steps lower the loss, alone and beside cross_entropy (share of the loss that is left); a loss that says that
+    its value need not fall trains without a number that is not finite"""
+    whole, left = models.batch(candidate), 0.0
     for other in ({}, {"ce": CrossEntropy()}):
-        model = models.distiller({"it": candidate.make(), **other})
+        model = models.distiller({"it": candidate.make(), **other}, size=candidate.shapes[1])
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
         losses = []
         for _ in range(21):
-            losses.append(float(step(model, [whole])[0]))
+            vector = step(model, [whole])
+            losses.append(float(vector[0]) if bool(torch.isfinite(vector).all()) else math.nan)
             optimizer.step()
-        left = max(left, losses[-1] / losses[0] if losses[0] > 0 else math.inf)
+        if getattr(model.terms["it"], "falls", True):
+            wrong = losses[0] == 0 or (losses[0] < 0 and candidate.claims("zero_at_teacher"))
+            share = math.inf if wrong else 1 + (losses[-1] - losses[0]) / abs(losses[0])
+        else:
+            share = 0.0 if all(map(math.isfinite, losses)) and len(set(losses)) > 1 else math.inf
+        left = max(left, math.inf if math.isnan(share) else share)
     return Measure(left, 0.9)
 
 
-def _dense(model: Distiller, objective: Objective, whole: Batch) -> Tensor:
+def ranks(whole: Batch, number: int) -> list[list[Batch]]:
+    """A step's micro-batches for each of two or three ranks: unequal shares, and one without a target at the end."""
+    ends = cuts(whole)
+    first, last = _rows(whole, 0, ends[-2]), _rows(whole, ends[-2], ends[-1])
+    parts = [[first], [last], [_without_targets(last)]]
+    return parts if number == 3 else [parts[0] + parts[2], parts[1] + parts[2]]
+
+
+def dense(model: Distiller, whole: Batch) -> Tensor:
     """The vector of `step`, from logits of the whole batch in plain torch."""
     model.zero_grad()
-    signal = model.teacher.annotate(whole, model.needs)
-    head, hidden = signal.head, signal.hidden
-    assert head is not None, "the tiny teacher gives a head"
-    assert hidden is not None, "the tiny teacher gives hidden states"
-    dense = TeacherSignal(logits=head(hidden), logprobs=signal.logprobs)
-    values = objective(whole, StudentOutput(logits=model.student.head(model.student(whole))), dense)
-    weight = whole.weight[whole.segment.clamp(min=0)]
-    loss = objective.weight * (values * weight)[whole.mask].sum() / whole.mask.sum()
+    (objective,) = model.terms.values()
+    signal = _dense_signal(model, objective, whole)
+    student = model.student.states(whole, objective.needs)
+    hidden, head = student.hidden, model.student.head
+    assert hidden is not None, "a model has a last layer"
+    if objective.scope is Scope.CHUNK:
+        values = _of_one_chunk(objective, whole, head(hidden), signal)
+        return _summed(model, objective, whole, values)
+    if objective.scope is Scope.LOGPROBS:
+        student = StudentOutput(logprobs=_logprobs(head(hidden), whole))
+    else:
+        student = replace(student, head=head)
+    return _summed(model, objective, whole, objective(whole, student, signal))
+
+
+def _of_one_chunk(objective: Objective, whole: Batch, logits: Tensor, signal: TeacherSignal) -> Tensor:
+    """Values [B, T], of all supervised targets gathered to one chunk."""
+    mask = whole.mask
+
+    def gathered(path: str, tensor: Tensor) -> Tensor:
+        by_target = path in ("hidden", "logprobs", "reference_logprobs")
+        return tensor[mask].unsqueeze(0) if by_target else tensor
+
+    names = ("input_ids", "targets", "mask", "attention_mask", "segment", "old_logprobs")
+    flat = {name: getattr(whole, name)[mask].unsqueeze(0) for name in names}
+    signal = records.mapped(signal, gathered)
+    if signal.hidden is not None and signal.head is not None:
+        signal.logits = signal.head(signal.hidden)
+    student = StudentOutput(logits=logits[mask].unsqueeze(0))
+    values = objective(replace(whole, **flat, teacher=None), student, signal)
+    return torch.zeros(mask.shape).masked_scatter(mask, values)
+
+
+def _summed(model: Distiller, objective: Objective, whole: Batch, values: Tensor) -> Tensor:
+    loss = whole.weight.new_zeros(())
+    for index, part in mean_shares(whole, objective).items():
+        loss = loss + part * values[index]
+    loss = objective.weight * loss
     loss.backward()
-    return models.as_vector(float(loss.detach()), [p.grad for p in model.parameters() if p.requires_grad])
+    return models.as_vector(float(loss.detach()), model)
+
+
+def mean_shares(whole: Batch, objective: Objective) -> dict[tuple[int, ...], float]:
+    """Index of a unit -> what it counts for in the mean, in plain loops."""
+    units, weight = objective.units(whole).tolist(), whole.weight.tolist()
+    targets: dict[int, list[tuple[int, ...]]] = {}  # of each sequence
+    for b, t in whole.mask.nonzero().tolist():
+        targets.setdefault(int(whole.segment[b, t]), []).append((b, t))
+    if objective.unit is Unit.TOKEN:
+        kept = {e: [(b, t) for b, t in places if units[b][t]] for e, places in targets.items()}
+        kept = {e: places for e, places in kept.items() if places}
+        number = sum(map(len, kept.values())) if objective.reduction == "token" else len(kept)
+        each = {e: len(places) if objective.reduction == "sequence" else 1 for e, places in kept.items()}
+        return {place: weight[e] / (number * each[e]) for e, places in kept.items() for place in places}
+    owner = range(whole.num_sequences)
+    if objective.unit is Unit.GROUP:
+        groups = whole.groups().tolist()
+        owner = [groups.index(group) for group in range(max(groups) + 1)]
+    chosen = [u for u, e in enumerate(owner) if units[u] and e in targets]
+    return {(u,): weight[owner[u]] / len(chosen) for u in chosen}
+
+
+def _dense_signal(model: Distiller, objective: Objective, whole: Batch) -> TeacherSignal:
+    signal = model.teacher.annotate(whole, objective.needs)
+    began = model.student.began[0]  # pyright: ignore[reportIndexIssue]
+    with torch.no_grad():
+        reference = _logprobs(began.head(began(whole)), whole)  # pyright: ignore
+    return replace(signal, reference_logprobs=reference)
+
+
+def _logprobs(logits: Tensor, whole: Batch) -> Tensor:
+    found = torch.log_softmax(logits, -1).gather(-1, whole.targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return found * whole.mask
+
+
+def _rows(whole: Batch, start: int, stop: int) -> Batch:
+    return records.sequences(whole, range(start, stop))
+
+
+def _without_targets(whole: Batch) -> Batch:
+    return replace(whole, mask=torch.zeros_like(whole.mask))

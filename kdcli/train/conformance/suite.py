@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from kdcli.train.conformance import gradients, steps, values
+from kdcli.train.conformance import gradients, processes, steps, values
 from kdcli.train.conformance.candidate import Candidate, Measure, NotApplicable
 
 Check = Callable[[Candidate], Measure]
 
 CHECKS: tuple[Check, ...] = (
-    values.one_number_per_target,
-    values.targets_are_independent,
+    values.one_number_per_unit,
+    values.units_are_independent,
+    values.packing_is_padding,
     values.equals_oracle,
     values.zero_at_teacher,
     values.positive_elsewhere,
@@ -25,18 +26,22 @@ CHECKS: tuple[Check, ...] = (
     values.logit_offset,
     values.temperature_divides_both_logits,
     values.t2_scales_value_and_gradient,
-    values.saturated_logits,
+    values.padding_holds_anything,
+    values.saturated_inputs,
     values.float32,
     values.sparse_teacher,
     values.top_k_bound,
     values.continuous_in_settings,
+    values.settings_are_read_at_use,
     values.weight_and_domains_are_left_alone,
     values.inputs_stay_as_they_are,
     values.state_is_restored,
     steps.chunks_do_not_matter,
     steps.chunked_is_dense,
+    steps.reductions_are_dense_means,
     steps.micro_batches_do_not_matter,
     steps.ranks_do_not_matter,
+    processes.two_processes_are_one,
     steps.packing_does_not_matter,
     steps.masked_targets_do_not_matter,
     steps.nothing_to_train_on,
@@ -84,11 +89,7 @@ def run(candidate: Candidate) -> Verdict:
     begin, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # of tensors this small, threads only wait for each other
     try:
-        reason = candidate.unsupported()
-        if reason is None:
-            outcomes = [outcome_of(check, candidate) for check in CHECKS]
-        else:
-            outcomes = [Outcome("suite", "checks of losses per target", applies=False, note=reason)]
+        outcomes = [outcome_of(check, candidate) for check in CHECKS]
     finally:
         torch.set_num_threads(threads)
     return Verdict(candidate.name, tuple(outcomes), time.perf_counter() - begin)
@@ -96,7 +97,7 @@ def run(candidate: Candidate) -> Verdict:
 
 def outcome_of(check: Check, candidate: Candidate) -> Outcome:
     """One check; random numbers are the same for every check and leave the caller's generator alone."""
-    name, claim = getattr(check, "__name__", str(check)), (check.__doc__ or "").strip()
+    name, claim = getattr(check, "__name__", str(check)), " ".join((check.__doc__ or "").split())
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

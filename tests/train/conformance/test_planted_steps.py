@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kdcli.api import Batch, TeacherSignal
 from kdcli.objective.forward_kl import ForwardKL
-from kdcli.train.conformance import models, steps
+from kdcli.train.conformance import models
 from kdcli.train.conformance.candidate import Candidate
 from kdcli.train.conformance.suite import run
 from kdcli.train.distiller import Distiller
@@ -141,8 +141,7 @@ PLANTED: dict[type[Distiller], set[str]] = {
 def test_a_planted_mistake_is_caught_by_the_check_made_for_it(
     wrong: type[Distiller], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in (models, steps):
-        monkeypatch.setattr(module, "Distiller", wrong)
+    monkeypatch.setattr(models, "Distiller", wrong)
     caught = {outcome.check for outcome in run(Candidate.of(ForwardKL)).failures}
     assert PLANTED[wrong] <= caught, f"{wrong.__doc__} Caught by {sorted(caught)}"
 
