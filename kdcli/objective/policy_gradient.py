@@ -58,6 +58,8 @@ class PolicyGradient(Objective):
         **settings: Unpack[TokenSettings],
     ) -> None:
         super().__init__(**settings)
+        if not coef > 0:
+            raise ConfigError(f"PolicyGradient: coef is {coef}; set a factor of the reward above 0")
         if not 0 <= discount <= 1:
             raise ConfigError(f"PolicyGradient: discount is {discount}; set a factor in [0, 1]")
         if discount == 0 and not own_reward:

@@ -1,9 +1,9 @@
 """The formulas of losses of whole answers, written a second time: float64 numpy, one answer after another.
 
-An oracle has the name of its objective's module. Those of scope CHUNK (dpkd, distillm2) take one target, as in
-`oracles`. The others take `batch`, `student` and `teacher` (the fields of the api's records, as numpy arrays), the
-settings that they read, and the `parameters` that the objective has learned; they return one number per target
-[B, T], answer [E] or group [G], NaN where the objective has none.
+An oracle has the name of its objective's module. dpkd takes one target, as in `oracles`. The others take `batch`,
+`student` and `teacher` (the fields of the api's records, as numpy arrays), the settings that they read, and the
+`parameters` that the objective has learned; they return one number per target [B, T], answer [E] or group [G], NaN
+where the objective has none.
 """
 
 from __future__ import annotations
@@ -43,15 +43,28 @@ def dpkd(
     return loss
 
 
-def distillm2(y: Array, z: Array, target: int, alpha: float = 0.1, beta: float = 1.0, rejected: bool = False) -> float:
-    """`rejected`: the target is of the worse answer, which the student wrote."""
-    p, q = np.exp(_log_softmax(y)), np.exp(_log_softmax(z))
-    own, other, weight = (q, p, beta) if rejected else (p, q, 2 - beta)
-    total = 0.0
-    for v in range(len(y)):
-        if own[v] > 0:
-            total += own[v] * (math.log(own[v]) - math.log(alpha * own[v] + (1 - alpha) * other[v]))
-    return weight * total
+def distillm2(
+    batch: Any,
+    student: Any,
+    teacher: Any,
+    *,
+    alpha: float = 0.1,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+    temperature_scale: str = "none",
+) -> Array:
+    """Of a chunk of targets, as it matters who wrote each."""
+    result = np.full(batch.targets.shape, np.nan)
+    for place in np.ndindex(result.shape):
+        u, v = (_log_softmax(np.asarray(model.logits[place]) / temperature) for model in (teacher, student))
+        rejected = batch.rejected is not None and bool(batch.rejected[batch.segment[place]])
+        own, other, weight = (v, u, beta) if rejected else (u, v, 2 - beta)
+        total = 0.0
+        for a, b in zip(own, other, strict=True):
+            mixture = b if alpha == 0 else np.logaddexp(a + math.log(alpha), b + math.log1p(-alpha))
+            total += math.exp(a) * (a - mixture)
+        result[place] = weight * total * (temperature**2 if temperature_scale == "t2" else 1)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ of preference
