@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from kdcli.api import Objective
 from kdcli.command.compose import compose, hydra, plain
 from kdcli.config.build import build, build_schedules, build_terms
 from kdcli.config.check import check, component_problems
 from kdcli.config.scheduled import refusals, takes_schedule
+from kdcli.config.signature import settings
+from kdcli.config.target import locate
 from kdcli.errors import ConfigError
-from kdcli.train.schedule import Epochs, Linear
+from kdcli.store import paths
+from kdcli.train.schedule import Epochs, Linear, start_values
 
 KL = "kdcli.objective.forward_kl.ForwardKL"
 LINEAR = {"schedule": "linear", "start": 4, "end": 1}
@@ -187,3 +192,36 @@ def test_an_objective_is_built_with_the_first_value_and_its_schedule_beside_it(m
     }
     with pytest.raises(ConfigError, match="there is no schedule linar"):
         build(term(temperature={"schedule": "linar"}), Objective)
+
+
+OPTIONS = sorted((paths.configs() / "objective").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=lambda file: file.stem)
+def test_every_number_of_an_objective_may_change_between_steps(file: Path) -> None:
+    """Set on an objective that exists, it leaves the same object as given to the constructor: nothing is derived from
+    it there and kept."""
+    node = start_values(yaml.safe_load(file.read_text("utf-8")))
+    known = settings(locate(node["_target_"], "objective")) or {}
+    numbers = {key: node[key] for key in known if takes_schedule(known[key].annotation) and node[key] is not None}
+    assert "weight" in numbers
+    for key, number in numbers.items():
+        assert refusals({**node, key: {"schedule": "constant", "value": number}}, "objective.kd") == []
+        accepted = [objective for value in (0.3, 0.7, 2.0, 0.0, 1.0) if (objective := accepting(node, key, value))]
+        assert accepted, f"{key}: tried no value that the constructor takes"
+        for fresh in accepted:
+            changed = build(node, Objective)
+            setattr(changed, key, getattr(fresh, key))
+            assert plain_attributes(changed) == plain_attributes(fresh), key
+
+
+def accepting(node: dict[str, Any], key: str, value: float) -> Objective | None:
+    """The objective with another value of a setting, or None where it refuses that."""
+    try:
+        return build({**node, key: value}, Objective) if node[key] != value else None
+    except ConfigError:
+        return None
+
+
+def plain_attributes(objective: Objective) -> dict[str, Any]:
+    return {k: v for k, v in vars(objective).items() if k not in ("_parameters", "_buffers", "_modules")}
