@@ -25,6 +25,7 @@ class DualSpace(Tempered):
     cross_tokenizer = True
     zero_at_teacher = False  # the maps are learned
     stops_gradient = True
+    hard_part = True  # the cross-entropy has no temperature
 
     def __init__(self, *, divergence: Between = "forward_kl", **settings: Unpack[TemperedSettings]) -> None:
         super().__init__(**settings)

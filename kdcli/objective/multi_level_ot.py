@@ -6,7 +6,6 @@ from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from kdcli.api import Batch, Need, Objective, Scope, Settings, StudentOutput, TeacherSignal, Unit
 from kdcli.errors import ConfigError
@@ -14,6 +13,8 @@ from kdcli.objective._spans import compared, heads
 from kdcli.ops.chunked import chunk_size, map_chunks
 from kdcli.ops.head import Head
 from kdcli.ops.optimal_transport import sinkhorn_cost
+
+_PAIRS = 2**22  # pairs of targets whose plans are held at once: some 400 MB with ten iterations
 
 
 class MultiLevelOT(Objective):
@@ -90,13 +91,22 @@ class MultiLevelOT(Objective):
         if self.sinkhorn_weight == 0:
             return means
         u, v = ((one.logits / self.sinkhorn_temperature).softmax(-1) for one in (q, p))
-        costs = [self._transport(u[of == i], v[of == i]) for i in range(batch.num_sequences)]  # each ()
-        return means + self.sinkhorn_weight * torch.stack(costs)
+        return means + self.sinkhorn_weight * self._transport(u, v, of, batch.num_sequences)
 
-    def _transport(self, u: Tensor, v: Tensor) -> Tensor:
-        """Computed again in the backward: every iteration would keep two numbers per pair of targets."""
-        arguments = torch.cdist(u, v, p=1), self.sinkhorn_epsilon, self.sinkhorn_iterations
-        return checkpoint(sinkhorn_cost, *arguments, use_reentrant=False)  # pyright: ignore[reportReturnType]
+    def _transport(self, u: Tensor, v: Tensor, of: Tensor, number: int) -> Tensor:
+        """Sinkhorn's distance [E] between each sequence's rows of u and of v, [N, K], a few sequences at a time."""
+        counts = torch.bincount(of, minlength=number)
+        order = of.argsort(stable=True)
+        place = torch.empty_like(of)
+        place[order] = torch.arange(len(of), device=of.device) - (counts.cumsum(0) - counts)[of[order]]
+        longest = int(counts.max())
+        real = torch.arange(longest, device=of.device) < counts.unsqueeze(-1)
+        padded = [rows.new_zeros(number, longest, rows.shape[-1]).index_put((of, place), rows) for rows in (u, v)]
+        cost = torch.cdist(*padded, p=1)
+        # A plan's iterations are computed again in the backward: each would keep two numbers per pair of targets.
+        size = max(1, _PAIRS // max(1, longest**2))
+        settings = self.sinkhorn_epsilon, self.sinkhorn_iterations
+        return map_chunks(lambda pairs, kept: sinkhorn_cost(pairs, kept, *settings), size, cost, real)
 
     def _columns(self, hidden: Tensor, head: Head, of: Tensor, number: int, count: int) -> _Columns:
         """The `count` likeliest columns [N, K] of each target's sequence."""

@@ -31,14 +31,17 @@ def sorted_distance_gradient(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
     return value, sign.sub_(torch.linalg.vecdot(q, sign).unsqueeze(-1)).mul_(q)
 
 
-def sinkhorn_cost(cost: Tensor, epsilon: float, iterations: int) -> Tensor:
-    """sum P * cost [N, M] -> () for the plan P that Sinkhorn's iterations make of exp(-cost / epsilon), differentiable.
+def sinkhorn_cost(cost: Tensor, real: Tensor, epsilon: float, iterations: int) -> Tensor:
+    """sum P * cost for the plan P that Sinkhorn's iterations make of exp(-cost / epsilon): [E, N, N] -> [E].
 
     Each iteration scales the rows, then the columns, to sums of 1, so the plan moves as much mass as there are
-    columns. In log space, so that no epsilon underflows.
+    columns. In log space, so that no epsilon underflows. `real` [E, N] bool: rows and columns that are not padding,
+    which is moved onto itself.
     """
-    plan = -cost / epsilon
+    pairs = real.unsqueeze(-1) & real.unsqueeze(-2)
+    itself = torch.eye(cost.shape[-1], dtype=torch.bool, device=cost.device)
+    plan = (-cost / epsilon).masked_fill(~pairs, -torch.inf).masked_fill(~pairs & itself, 0.0)
     for _ in range(iterations):
-        plan = plan - plan.logsumexp(1, keepdim=True)
-        plan = plan - plan.logsumexp(0, keepdim=True)
-    return (plan.exp() * cost).sum()
+        plan = plan - plan.logsumexp(-1, keepdim=True)
+        plan = plan - plan.logsumexp(-2, keepdim=True)
+    return (plan.exp() * cost.masked_fill(~pairs, 0.0)).sum((-1, -2))

@@ -81,16 +81,15 @@ def mined(
     temperature_scale: str,
     tokenizers: Sequence[Any] | None = None,
 ) -> Array:
-    own, _ = _distributions(batch, student, teacher, temperature)
     scale = _factor(temperature, temperature_scale)
+    head, their_head = _sizes(batch, student, teacher)
     values = np.full(batch.mask.shape, np.nan)
-    if unmatched == "gold":
-        for place in _places(batch.mask):
-            values[place] = -scale * math.log(own(place)[batch.targets[place]])
+    for place in _places(batch.mask) if unmatched == "gold" else []:
+        z = _logits(student.hidden[place], student.head, head) / temperature
+        values[place] = -scale * _log_softmax(z)[batch.targets[place]]
     for places, their_places in _spans(batch):
         if len(places) > 1 or len(their_places) > 1:
             continue
-        head, their_head = _sizes(batch, student, teacher)
         y = _logits(teacher.hidden[places[0]], teacher.head, their_head) / temperature
         if _foreign(batch):
             assert tokenizers is not None, "which ids match is the tokenizers' to say"
@@ -99,10 +98,10 @@ def mined(
             passes_to = {v: v for v in range(their_head)}
         ids = sorted(passes_to)
         p = np.zeros(head)
-        for v, mass in zip(ids, _softmax(y[ids]), strict=True):
-            p[passes_to[v]] += mass
-        q = own(places[0])
-        values[places[0]] = scale * sum(p[v] * math.log(p[v] / q[v]) for v in range(head) if p[v] > 0)
+        for i, mass in zip(ids, _softmax(y[ids]), strict=True):
+            p[passes_to[i]] += mass
+        v = _log_softmax(_logits(student.hidden[places[0]], student.head, head) / temperature)
+        values[places[0]] = scale * sum(p[i] * (math.log(p[i]) - v[i]) for i in range(head) if p[i] > 0)
     return values
 
 
