@@ -31,6 +31,8 @@ class Sampled(Tempered):
     """
 
     zero_at_teacher: ClassVar[bool] = False
+    draws: ClassVar[bool] = True  # of ids, by their order
+    random: ClassVar[bool] = True  # its numbers are draws: other names of the ids draw others
 
     def __init__(
         self, *, samples: int = 50, tau: float = 1.0, seed: int = 0, **settings: Unpack[TemperedSettings]

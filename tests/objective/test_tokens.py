@@ -193,30 +193,16 @@ def test_draws_are_uniform_and_do_not_repeat() -> None:
     assert torch.corrcoef(numbers.flatten(0, 1).T)[0, 1:].abs().max() < 0.04
 
 
-@pytest.mark.parametrize("tau", [1.0, 0.6])
-def test_sampled_is_the_weighted_cross_entropy_of_ids_drawn_one_by_one(tau: float) -> None:
-    """The draws again, id by id, in plain Python."""
+@pytest.mark.parametrize("settings", [{}, {"tau": 0.6, "samples": 6, "seed": 3}, {"temperature": 2.0, "samples": 1}])
+def test_sampled_is_the_weighted_cross_entropy_of_ids_drawn_one_by_one(settings: dict[str, Any]) -> None:
     batch, y, z = chunk()
-    samples, row = 6, batch.row[0]
-    value, _ = both(Sampled(samples=samples, tau=tau, seed=3), batch, z, TeacherSignal(logits=y))
-    base = int.from_bytes(hashlib.blake2b(f"3/{row}".encode(), digest_size=8).digest(), "little")
-    for n in range(z.shape[1]):
-        key = base
-        for number in (int(batch.input_ids[0, n]), int(batch.targets[0, n])):
-            key = splitmix(key ^ splitmix((number + 0x9E3779B97F4A7C15) % 2**64))
-        p = torch.softmax(y[0, n], -1).tolist()
-        r = [x**tau for x in p]
-        r = [x / sum(r) for x in r]
-        loss = total = 0.0
-        for j in range(samples):
-            u = (splitmix((key + (j + 1) * 0x9E3779B97F4A7C15) % 2**64) >> 11) / 2**53
-            at, v, passed = (j + u) / samples, 0, r[0]
-            while passed <= at:
-                v += 1
-                passed += r[v]
-            loss -= p[v] / r[v] * float(torch.log_softmax(z[0, n], -1)[v])
-            total += p[v] / r[v]
-        assert value[0, n].item() == pytest.approx(loss / total, rel=1e-9)
+    value, _ = both(Sampled(**settings), batch, z, TeacherSignal(logits=y))
+    known = {"samples": 50, "tau": 1.0, "seed": 0, "temperature": 1.0, "temperature_scale": "none", **settings}
+    shown = SimpleNamespace(
+        **{n: getattr(batch, n).numpy() for n in ("input_ids", "targets", "segment")}, row=batch.row
+    )
+    models = (SimpleNamespace(logits=logits.numpy()) for logits in (z, y))
+    np.testing.assert_allclose(value.numpy(), oracles_tokens.sampled(shown, *models, **known), rtol=1e-11)
 
 
 def test_sampled_is_unbiased_at_tau_one() -> None:
