@@ -31,8 +31,7 @@ class Sampled(Tempered):
     """
 
     zero_at_teacher: ClassVar[bool] = False
-    draws: ClassVar[bool] = True  # of ids, by their order
-    random: ClassVar[bool] = True  # its numbers are draws: other names of the ids draw others
+    draws: ClassVar[bool] = True  # at random, by the order of ids: other names of the ids draw others
 
     def __init__(
         self, *, samples: int = 50, tau: float = 1.0, seed: int = 0, **settings: Unpack[TemperedSettings]
