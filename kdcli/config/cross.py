@@ -31,7 +31,7 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     if refused:
         return found
     found += _needs(config, objects) + _student(config) + _domains(objects)
-    return found or _hub_models(config, objects) or _tokenizers(config, objects)
+    return found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects)
 
 
 def _batch(config: Mapping[str, Any]) -> list[str]:
@@ -169,8 +169,46 @@ def _needs(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
             words = " and ".join(str(flag.name).lower() for flag in lacking)
             problems.append(
                 f"{where}: {type(objective).__name__} needs the teacher's {words}, which "
-                f"{type(teacher).__name__} does not provide; set teacher=hf, or drop it with ~objective@{where}"
+                f"{type(teacher).__name__} does not provide; {_way_out(lacking, 'teacher', teacher)}, or drop it with "
+                f"~objective@{where}"
             )
+    return problems
+
+
+def _way_out(lacking: Any, section: str, model: Any) -> str:
+    """What to set so that a model provides what an objective needs."""
+    from kdcli.api import Need
+
+    if Need.ATTENTION in lacking and hasattr(model, "attention"):
+        return "set teacher.attention=eager and student.attention=eager"
+    return f"set {section}=hf"
+
+
+def _fit(objects: Mapping[str, Any]) -> list[str]:
+    """The student shows the layers that objectives compare, and both models have them, as their shapes say."""
+    from kdcli.api import Need, Objective
+
+    layers = Need.HIDDEN | Need.ATTENTION | Need.RELATIONS
+    student, teacher = objects["student"], objects["teacher"]
+    terms = {where: item for where, item in objects.items() if where.startswith("objective.")}
+    problems = []
+    for where, objective in terms.items():
+        lacking = objective.needs & layers & ~student.provides
+        if lacking:
+            words = " and ".join(str(flag.name).lower() for flag in lacking)
+            problems.append(
+                f"{where}: {type(objective).__name__} needs the student's {words}, which {type(student).__name__} does "
+                f"not show; {_way_out(lacking, 'student', student)}, or drop it with ~objective@{where}"
+            )
+    fitted = {where: item for where, item in terms.items() if type(item).fit is not Objective.fit}
+    if problems or not fitted:
+        return problems
+    shapes = _caught(
+        lambda: (objects["student_init"].shape(student, teacher), teacher.shape()), "student_init", problems
+    )
+    if shapes is not None and shapes[0] is not None:
+        for where, objective in fitted.items():
+            _caught(lambda objective=objective: objective.fit(*shapes), where, problems)
     return problems
 
 

@@ -1,4 +1,4 @@
-"""student/: what `AutoModelForCausalLM.from_pretrained` loads, with a model card."""
+"""student/: what `AutoModelForCausalLM.from_pretrained` loads, with a model card; and what the objectives learned."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from kdcli.api import Engine
 from kdcli.store import atomic, metrics
 from kdcli.train.distiller import Distiller
 
 PREFIX = "student.model."  # of the student's parameters in the Distiller's state
+LEARNED = "objectives"  # RUN_DIR/objectives/TERM.safetensors
 
 CARD = """\
 ---
@@ -48,7 +51,8 @@ tokenizer = AutoTokenizer.from_pretrained("{path}")
 def export(
     distiller: Distiller, engine: Engine, run_dir: Path, config: Mapping[str, Any], evaluations: Mapping[str, Any]
 ) -> Path:
-    """Write `run_dir/student`, replacing an earlier one only by a whole one. A collective."""
+    """Write `run_dir/student`, and `run_dir/objectives` where an objective learned something, replacing earlier ones
+    only by whole ones. A collective."""
     final = run_dir / "student"
     state = engine.full_state_dict()
     if state is not None:  # rank 0
@@ -58,13 +62,44 @@ def export(
         distiller.student.model.save_pretrained(beside, state_dict=weights)
         distiller.student.tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(_card(run_dir, config, evaluations), "utf-8")
-        for path in beside.iterdir():
-            atomic.fsync_file(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-        atomic.fsync_folder(run_dir)
+        _replace(final, beside)
+        _export_learned(distiller, state, run_dir)
     engine.gather(None)
     return final
+
+
+def _export_learned(distiller: Distiller, state: Mapping[str, Tensor], run_dir: Path) -> None:
+    """One file per term that has parameters, under their names in the objective; frozen ones are part of it."""
+    from safetensors.torch import save_file
+
+    learned = {
+        term: {name: state[_place(term, name)].contiguous() for name, _ in objective.named_parameters()}
+        for term, objective in distiller.terms.items()
+    }
+    learned = {term: tensors for term, tensors in learned.items() if tensors}
+    if learned:
+        beside = run_dir / f".tmp-{LEARNED}"
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        for term, tensors in learned.items():
+            kind = type(distiller.terms[term])
+            target = f"{kind.__module__}.{kind.__qualname__}"
+            save_file(tensors, beside / f"{term}.safetensors", metadata={"format": "pt", "objective": target})
+        _replace(run_dir / LEARNED, beside)
+
+
+def _place(term: str, name: str) -> str:
+    """Where the Distiller's state has what a term learned: its gathered head owns it."""
+    return "gathered_head." + f"{term}/{name}".replace(".", "/")
+
+
+def _replace(final: Path, beside: Path) -> None:
+    """Put a finished folder in the place of an earlier one."""
+    for path in beside.iterdir():
+        atomic.fsync_file(path)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(beside, final)
+    atomic.fsync_folder(final.parent)
 
 
 def _card(run_dir: Path, config: Mapping[str, Any], evaluations: Mapping[str, Any]) -> str:
