@@ -24,7 +24,7 @@ from kdcli.api import (
     TopK,
 )
 from kdcli.ops import divergence
-from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, target_logprobs
+from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, rows_at_once, target_logprobs
 from kdcli.ops.head import Head
 from kdcli.train.shares import counts_of, share_of
 
@@ -288,11 +288,27 @@ class _ChunkTerms:
         self.parameters = tuple(p for term in terms.values() for p in term.parameters() if p.requires_grad)
 
     def __call__(self, logits: Tensor, window: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The gradient takes the place of `logits`, some rows after the other, so that a chunk costs two buffers
+        [C, V] and not as many as the terms need in between."""
+        teacher = _window(self.signal, window, self.vocab_size)
+        total = logits.new_zeros(())
+        d_parameters = [torch.zeros_like(p) for p in self.parameters]
+        rows = rows_at_once(logits)
+        for start in range(0, logits.shape[0], rows):
+            part = slice(start, min(start + rows, logits.shape[0]))
+            among_all = slice(window.start + part.start, window.start + part.stop)
+            value, gradient = self._rows(logits[part], among_all, _cut(teacher, part), d_parameters)
+            total += value
+            logits[part] = gradient
+        return total, logits, d_parameters
+
+    def _rows(
+        self, logits: Tensor, window: slice, teacher: TeacherSignal, d_parameters: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The summed loss () of some rows of a chunk and its gradient to their logits; adds to `d_parameters`."""
         batch = _window_batch(self.batch, window)
         student = StudentOutput(logits=logits[None])
-        teacher = _window(self.signal, window, self.vocab_size)
         total, d_logits = logits.new_zeros(()), None
-        d_parameters = [torch.zeros_like(p) for p in self.parameters]
         for index, (name, term) in enumerate(self.terms.items()):
             share = self.share[name][window]  # [C]
             coefficient = share * (term.weight * self.unit_scale)
@@ -307,7 +323,7 @@ class _ChunkTerms:
             total += (coefficient * value).sum()
             self.sums[index] += (share * value).sum()
         assert d_logits is not None, "at least one objective"
-        return total, d_logits, d_parameters
+        return total, d_logits
 
     def metrics(self) -> dict[str, float]:
         return {f"loss/{name}": value for name, value in zip(self.terms, self.sums.tolist(), strict=True)}
@@ -382,16 +398,21 @@ def _gather_signal(signal: TeacherSignal, mask: Tensor) -> TeacherSignal:
 
 def _window(signal: TeacherSignal, window: slice, vocab_size: int | None) -> TeacherSignal:
     """Targets `window` of a gathered signal, with the chunk's logits where the teacher gives a distribution."""
+    cut = _cut(signal, window)
+    if signal.head is not None and signal.hidden is not None:
+        cut.logits = signal.head.cut(vocab_size)(signal.hidden[:, window])
+    return cut
+
+
+def _cut(signal: TeacherSignal, window: slice) -> TeacherSignal:
+    """What a gathered signal, or a chunk's, says of the targets `window` of its own."""
 
     def at(values: Tensor | None) -> Tensor | None:
         return None if values is None else values[:, window]
 
-    logits = None
-    if signal.head is not None and signal.hidden is not None:
-        logits = signal.head.cut(vocab_size)(signal.hidden[:, window])
     topk = signal.topk
     return TeacherSignal(
-        logits=logits,
+        logits=at(signal.logits),
         logprobs=at(signal.logprobs),
         reference_logprobs=at(signal.reference_logprobs),
         topk=None

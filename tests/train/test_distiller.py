@@ -235,6 +235,19 @@ def test_an_objective_of_ones_own_needs_only_forward_and_its_parameters_learn() 
     torch.testing.assert_close(gradients["gathered_head.mine/gain"], expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_how_many_rows_of_a_chunk_are_formed_at_once_changes_nothing(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distiller, batch = make(chunk=5, mine=Learned(), kd=ForwardKL(temperature=2.0), ce=CrossEntropy()), toys.batch()
+    total, metrics, gradients = step(distiller, [batch])
+    monkeypatch.setattr("kdcli.train.distiller.rows_at_once", lambda logits: rows)
+    again = step(distiller, [batch])
+    assert again[0] == pytest.approx(total, rel=1e-6) and again[1] == pytest.approx(metrics, rel=1e-6)
+    for name, gradient in again[2].items():
+        torch.testing.assert_close(gradient, gradients[name], rtol=1e-5, atol=1e-7)
+
+
 def test_scores_are_the_dense_ones_and_zero_elsewhere() -> None:
     distiller, batch = make(chunk=4), toys.batch()
     scores = distiller(batch, mode="score")
