@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from kdcli.objective.gold import GOLD
 from kdcli.objective.mined import MinED
 from kdcli.objective.multi_level_ot import MultiLevelOT
 from kdcli.objective.uld import ULD
+from kdcli.train.conformance import oracles_cross
 from tests.objective.cross import (
     OTHER_V,
     SHAPES,
@@ -707,3 +709,45 @@ def test_multi_level_ot_has_a_gradient_where_all_logits_are_equal() -> None:
 def test_every_whole_objective_is_of_a_scope_that_sees_the_view() -> None:
     assert {one().scope for one in WHOLE.values()} == {Scope.LOGPROBS, Scope.STATES}
     assert at_targets(torch.ones(1, 2, 3), torch.tensor([[1, -1]])).sum() == 3
+
+
+# ------------------------------------------------------------------------------------------ the second formula
+
+
+def namespace(record: Any) -> Any:
+    """A record of tensors as one of arrays."""
+    if isinstance(record, Tensor):
+        return record.detach().numpy()
+    if is_dataclass(record):
+        return SimpleNamespace(**{f.name: namespace(getattr(record, f.name)) for f in fields(record)})
+    return record
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("alm", {"divergence": "generalized_jsd", "temperature": 3.0}),
+        ("gold", {"merge": "observed", "hybrid": True, "matched_weight": 0.2, "divergence": "reverse_kl", "beta": 0.3}),
+        ("gold", {"hybrid": True, "divergence": "total_variation", "temperature": 2.0, "temperature_scale": "t2"}),
+        ("mined", {"near": False, "temperature": 2.0, "temperature_scale": "t2"}),
+        ("mined", {"unmatched": "skip"}),
+        ("dskd", {"divergence": "reverse_kl", "temperature": 2.0, "temperature_scale": "t2"}),
+        ("dskd_cma", {"divergence": "total_variation", "temperature": 0.5, "temperature_scale": "t2"}),
+        ("multi_level_ot", {"top_k": 3, "sinkhorn_weight": 0.5, "sinkhorn_iterations": 3, "sinkhorn_epsilon": 0.5}),
+    ],
+)
+@either
+def test_equals_the_formula_in_plain_loops(name: str, settings: dict[str, Any], foreign: bool) -> None:
+    """Above all what no property shows: which part a temperature, its square or a weight belongs to."""
+    kind = type(WHOLE[name]())
+    for seed in range(3):
+        at, one = models(seed=seed, foreign=foreign), prepared(kind(**settings), TOKENIZERS)
+        oracle = getattr(oracles_cross, name)
+        read = {n: getattr(one, n) for n in inspect.signature(oracle).parameters if hasattr(one, n)}
+        if "parameters" in inspect.signature(oracle).parameters:
+            read["parameters"] = {n: p.detach().numpy() for n, p in one.named_parameters()}
+        if "tokenizers" in inspect.signature(oracle).parameters:
+            read["tokenizers"] = TOKENIZERS
+        expected = torch.as_tensor(oracle(*map(namespace, (at.batch, at.student, at.teacher)), **read))
+        units = chosen(one, at.batch)
+        torch.testing.assert_close(one(at.batch, at.student, at.teacher)[units].detach(), expected[units])
