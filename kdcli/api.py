@@ -393,7 +393,7 @@ class Objective(nn.Module, ABC):
     needs: Need = Need.NOTHING  # of the teacher, and of the student's layers (HIDDEN, ATTENTION, RELATIONS)
     unit: ClassVar[Unit] = Unit.TOKEN
     scope: ClassVar[Scope] = Scope.CHUNK
-    columns: ClassVar[frozenset[str]] = frozenset()  # what its data must have: of "rejected", "score", "group"
+    columns: frozenset[str] = frozenset()  # what its data must have: of "rejected", "score", "group"
     cross_tokenizer: ClassVar[bool] = False  # compares the models although their tokenizers differ
 
     def __init__(self, *, weight: float = 1.0, domains: Sequence[str] = (), reduction: Reduction = "token") -> None:
