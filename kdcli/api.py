@@ -281,12 +281,17 @@ class ModelShape:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainLoss:
-    """Held-out loss of one domain: nats per target, and nats per byte where tokenizers differ."""
+    """What a probe of held-out rows says of one domain, in nats per target, and what training did since the last
+    update. None where nobody asked, or nobody can know."""
 
     student: float
     teacher: float | None = None
-    student_per_byte: float | None = None
+    student_per_byte: float | None = None  # of both models in place of the above where their tokenizers differ
     teacher_per_byte: float | None = None
+    kl: float | None = None  # KL(teacher || student)
+    alignment: float | None = None  # of the domain's gradient with those of the others (DoGE)
+    trained: float | None = None  # mean training loss since the last update
+    tokens: float | None = None  # the domain's share of the targets since the last update
 
 
 @dataclass(kw_only=True)
@@ -439,17 +444,27 @@ class Rollout(Stateful, ABC):
 
 
 class DomainScheduler(Stateful, ABC):
-    """Domain weights from domain losses: arithmetic on dictionaries."""
+    """Domain weights from domain losses: arithmetic on dictionaries. Weights sum to 1."""
 
     interval: int = 0  # optimizer steps between updates; 0 is never
+    signals: ClassVar[frozenset[str]] = frozenset()  # the fields of DomainLoss that it reads
+    actuator: Literal["resample", "reweight"] = "resample"  # what weights act on: the rows drawn, or their loss
+    quota: Literal["iid", "hamilton"] = "iid"  # rows of a step by independent draws, or by largest remainders
 
     def initial(self, sizes: Mapping[str, int]) -> dict[str, float]:
-        """Weights before the first update, from the number of training rows per domain; they sum to 1."""
+        """Weights before anything is known, from the number of training rows per domain."""
         total = sum(sizes.values())
         return {name: size / total for name, size in sizes.items()}
 
+    def first(self, weights: Mapping[str, float], losses: Mapping[str, DomainLoss]) -> dict[str, float]:
+        """Weights of the first interval, from the probe before the first step; by default `weights`, the initial ones.
+        Not called where no signal needs a probe."""
+        del losses
+        return dict(weights)
+
     @abstractmethod
-    def update(self, weights: Mapping[str, float], losses: Mapping[str, DomainLoss]) -> dict[str, float]: ...
+    def update(self, weights: Mapping[str, float], losses: Mapping[str, DomainLoss]) -> dict[str, float]:
+        """Weights of the next interval, from those of the last and what was measured at its end."""
 
 
 class Data(ABC):
