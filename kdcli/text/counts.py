@@ -13,6 +13,7 @@ class Counts:
     examples: int = 0
     rows: int = 0
     tokens: int = 0
+    teacher_tokens: int = 0  # the same unless the teacher has its own prompts or tokenizer
     supervised: int = 0  # targets
     truncated: int = 0  # rows that lost tokens at their end
     pairs: int = 0  # of a better and a worse answer
@@ -38,6 +39,7 @@ class EncodeReport:
             examples=sum(part.examples for part in parts),
             rows=sum(part.rows for part in parts),
             tokens=sum(part.tokens for part in parts),
+            teacher_tokens=sum(part.teacher_tokens for part in parts),
             supervised=sum(part.supervised for part in parts),
             truncated=sum(part.truncated for part in parts),
             pairs=sum(part.pairs for part in parts),
@@ -53,6 +55,7 @@ class EncodeReport:
         return (
             f"{total.examples:,} examples of {', '.join(self.domains)}: {total.rows:,} rows, {total.tokens:,} tokens, "
             f"{total.supervised:,} targets"
+            + (f"; {total.teacher_tokens:,} tokens for the teacher" if total.teacher_tokens != total.tokens else "")
             + (f"; {total.pairs:,} pairs" if total.pairs else "")
             + (f"; {total.groups:,} groups" if total.groups else "")
             + (f"; {total.alone:,} alone in their group" if total.alone else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kdcli.api import Example
@@ -25,7 +25,25 @@ class Draft:
     text: str
     spans: Sequence[Span]
     bare: bool = False
+    answers: Sequence[str] = ()  # of each span what the example says, before the template; () where that is unknown
+    closing: Sequence[str] = ()  # special tokens, one of which may close an answer
     rejected: Draft | None = None  # prompt + rejected of a preference row
+
+    def content(self, answer: int, *, stripped: bool) -> Span | None:
+        """Where the text says what the example says, without what a template puts in front and behind; None where it
+        says something else. `stripped`: without the white space around it."""
+        start, end = self.spans[answer]
+        body, said = self.text[start:end], self.answers[answer]
+        while not self.bare and (token := next((c for c in self.closing if body.rstrip().endswith(c)), "")):
+            body = body.rstrip().removesuffix(token)
+        if stripped:
+            body, said = body.rstrip(), said.strip()
+        end = start + len(body)
+        return (end - len(said), end) if body.endswith(said) else None
+
+    def bytes_before(self, character: int) -> int:
+        """How many bytes of the text stand before a character."""
+        return len(self.text[:character].encode())
 
 
 class Template:
@@ -46,43 +64,61 @@ class Template:
         self.variables = dict(tokenizer.special_tokens_map)
         self.closing = tuple(str(token) for token in tokenizer.added_tokens_decoder.values())
 
-    def drafts(self, example: Example) -> list[Draft]:
-        """One draft, or one per answer where the template shows earlier answers differently from the last one
-        (such as without their thinking). Raises BadRow when the template cannot say this example."""
-        if example.teacher_prompt is not None:
-            raise BadRow("teacher_prompt", "teacher_prompt is not supported: teacher and student see the same prompt")
+    def drafts(self, example: Example, *, apart: bool = False) -> list[Draft]:
+        """One draft, or one per answer: if `apart`, or where the template shows earlier answers differently from the
+        last one (such as without their thinking). Raises BadRow when the template cannot say this example."""
+        if example.teacher_prompt is not None and example.prompt is None:
+            raise BadRow("teacher_prompt", "teacher_prompt stands for the prompt; give it with prompt + response")
         if example.text is not None:
-            return [Draft(text=example.text, spans=((0, len(example.text)),), bare=True)]
+            return [Draft(text=example.text, spans=((0, len(example.text)),), bare=True, answers=(example.text,))]
         if example.messages is not None:
-            return self._conversation(example.messages)
+            return self._conversation(example.messages, apart)
         prompt = example.prompt or ""
         if example.rejected is None:
             return self._answer(prompt, example.response or "")
         (chosen,), (rejected,) = self._answer(prompt, example.chosen or ""), self._answer(prompt, example.rejected)
-        return [Draft(text=chosen.text, spans=chosen.spans, bare=chosen.bare, rejected=rejected)]
+        return [replace(chosen, rejected=rejected)]
 
     def _answer(self, prompt: str, response: str) -> list[Draft]:
         if self.source is None:
             text = prompt + response
-            return [Draft(text=text, spans=((len(prompt), len(text)),), bare=True)]
-        return self._conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
+            return [Draft(text=text, spans=((len(prompt), len(text)),), bare=True, answers=(response,))]
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        return self._conversation(messages)
 
-    def _conversation(self, messages: Sequence[Mapping[str, str]]) -> list[Draft]:
+    def _conversation(self, messages: Sequence[Mapping[str, str]], apart: bool = False) -> list[Draft]:
         if self.source is None:
             raise BadRow(
                 "no chat template",
                 "the tokenizer has no chat template, which `messages` need; take an instruct model's tokenizer, or "
                 "write rows of prompt + response",
             )
-        whole, spans = self._render(messages, track=self.marked)
+        turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+        said = [messages[turn]["content"] for turn in turns]
         if self.marked:
-            if not spans:
+            parts = [(messages[: turn + 1], [messages[turn]["content"]]) for turn in turns]
+            return self._marked(parts if apart else [(messages, said)])
+        whole, _ = self._render(messages)
+        answers = [self._last_answer(messages[: turn + 1]) for turn in turns]
+        if not apart and all(whole.startswith(text[:end]) for text, (_, end) in answers):
+            return [Draft(text=whole, spans=[span for _, span in answers], answers=said, closing=self.closing)]
+        return [
+            Draft(text=text, spans=(span,), answers=(answer,), closing=self.closing)
+            for answer, (text, span) in zip(said, answers, strict=True)
+        ]
+
+    def _marked(self, parts: Sequence[tuple[Sequence[Mapping[str, str]], Sequence[str]]]) -> list[Draft]:
+        """By the template's own marks, of each part (a conversation and what is answered in it) what it adds."""
+        drafts, earlier = [], 0
+        for messages, said in parts:
+            text, marks = self._render(messages, track=True)
+            if not marks:
                 raise BadRow("no response", "the chat template marks nothing of this conversation as generated")
-            return [Draft(text=whole, spans=spans)]
-        answers = [self._last_answer(messages[: i + 1]) for i, m in enumerate(messages) if m["role"] == "assistant"]
-        if all(whole.startswith(text[:end]) for text, (_, end) in answers):
-            return [Draft(text=whole, spans=[span for _, span in answers])]
-        return [Draft(text=text, spans=(span,)) for text, span in answers]
+            spans = marks[earlier:] or marks[-1:]
+            answers = said if len(spans) == len(said) else ()
+            drafts.append(Draft(text=text, spans=spans, answers=answers, closing=self.closing))
+            earlier = len(marks)
+        return drafts
 
     def _last_answer(self, messages: Sequence[Mapping[str, str]]) -> tuple[str, Span]:
         """The conversation so far, and where its last message's answer stands: from what the model is asked to

@@ -40,6 +40,7 @@ def encode(
     workers: int | None = None,
     chat_template: str | None = None,
     columns: Collection[str] = (),
+    teacher_tokenizer: Any = None,
 ) -> tuple[dict[str, TokenRows], EncodeReport]:
     """Domain -> rows of at most `max_length` tokens, memory-mapped, and a report.
 
@@ -51,6 +52,10 @@ def encode(
     `columns` says what the losses compare. With "rejected" a preference pair is one row of two sequences, the better
     answer first; otherwise its worse answer is left out. With "group" the answers of a domain that have a score and
     one `group` are one row, the best first.
+
+    `teacher_tokenizer` is another one than the student's: then rows carry what the teacher sees, in its own template
+    and tokens, with the stretches of the answer that both cut alike. Without it they do where a row has a
+    `teacher_prompt`.
 
     Raises ConfigError when a domain is left without a target, when rows of several sequences were to be packed, and
     whatever reading the data raises.
@@ -69,13 +74,13 @@ def encode(
         pairs="rejected" in columns,
         groups="group" in columns,
     )
-    folder = paths.cache() / "tokens" / _cache_key(data, tokenizer, settings)
+    folder = paths.cache() / "tokens" / _cache_key(data, tokenizer, settings, teacher_tokenizer)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
     with locked(folder):
         report = read_report(folder)
         if report is None:
             with new_folder(folder) as beside:
-                report = _write_all(beside, data, tokenizer, settings, workers)
+                report = _write_all(beside, data, tokenizer, settings, workers, teacher_tokenizer)
                 write_report(beside, report)
         rows = {}
         for number, name in enumerate(report.domains):
@@ -103,20 +108,24 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return _hash([content, special, tokenizer.chat_template])
 
 
-def _cache_key(data: Data, tokenizer: Any, settings: Settings) -> str:
+def _cache_key(data: Data, tokenizer: Any, settings: Settings, teacher_tokenizer: Any) -> str:
     """A hash of everything that the tokens depend on."""
     import transformers
 
     source = [data.fingerprint(), data.max_bad_fraction]
-    return _hash([FORMAT, transformers.__version__, source, tokenizer_fingerprint(tokenizer), asdict(settings)])
+    tokenizers = [None if one is None else tokenizer_fingerprint(one) for one in (tokenizer, teacher_tokenizer)]
+    return _hash([FORMAT, transformers.__version__, source, tokenizers, asdict(settings)])
 
 
-def _write_all(folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int | None) -> EncodeReport:
+def _write_all(
+    folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int | None, teacher_tokenizer: Any
+) -> EncodeReport:
     """Write each domain's segments to NUMBER.arrow."""
     report = EncodeReport(domains={})
     for number, (name, examples) in enumerate(data.domains().items()):
         known = set(data.bad_rows())
-        found = outcomes(_shown(name, examples), tokenizer, settings, workers=_processes(workers, examples))
+        processes = _processes(workers, examples)
+        found = outcomes(_shown(name, examples), tokenizer, settings, processes, teacher_tokenizer)
         counts = _write(folder / f"{number}.arrow", name, found, data.max_bad_fraction, settings)
         _count_bad(counts, {where: reason for where, reason in data.bad_rows().items() if where not in known})
         report.domains[name] = counts
@@ -137,6 +146,7 @@ def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: 
                 counts.tokens += len(segment)
                 counts.supervised += int(segment.mask[1:].sum())
                 counts.pairs += segment.rejected
+                counts.teacher_tokens += len(segment if segment.teacher is None else segment.teacher.ids)
             if outcome.group is not None:
                 members[outcome.group] += 1
             if outcome.reason:

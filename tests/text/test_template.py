@@ -157,9 +157,21 @@ def test_messages_need_a_chat_template() -> None:
         encode(conversation("Hi", "one"), byte_level())
 
 
-def test_a_teacher_prompt_is_not_ignored() -> None:
-    with pytest.raises(BadRow, match="teacher_prompt"):
-        encode(Example(prompt="Hi", response="one", teacher_prompt="Hint"), byte_level())
+@pytest.mark.parametrize("form", [{"text": "a b"}, {"messages": conversation("Hi", "one").messages}])
+def test_a_teacher_prompt_stands_for_a_prompt(form: dict[str, Any]) -> None:
+    with pytest.raises(BadRow, match="teacher_prompt stands for the prompt"):
+        encode(Example(**form, teacher_prompt="Hint"), byte_level(), TEMPLATES["chatml"][0])
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_answers_can_be_had_one_by_one(template: str) -> None:
+    """Each row ends with the answer that it is of, and learns only that."""
+    words, source = byte_level(), TEMPLATES[template]
+    drafts = Template(words, source[0]).drafts(conversation("Hi", "one", "And?", "two", "Bye"), apart=True)
+    rows = Codec(words).encode(drafts)
+    assert [learned(row, words)[0].strip() for row in rows] == [(a + source[1]).strip() for a in ("one", "two")]
+    assert [len(learned(row, words)) for row in rows] == [1, 1]
+    assert "two" not in words.decode(rows[0].ids)
 
 
 def test_the_shipped_tokenizer_ends_a_row_with_its_separator() -> None:
