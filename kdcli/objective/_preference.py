@@ -8,20 +8,24 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Objective, Scope, StudentOutput, TeacherSignal, Unit
+from kdcli.api import Batch, Objective, Scope, Settings, StudentOutput, TeacherSignal, Unit
+from kdcli.errors import ConfigError
+
+Answers = Literal["pairs", "scores"]
+
+COLUMNS = {"pairs": frozenset({"rejected"}), "scores": frozenset({"score", "group"})}
 
 
 @dataclass(frozen=True)
 class Ranking:
     """The answers of a micro-batch in the order that the data give within each group.
 
-    A preference pair has the merits 0 (better) and -1 (rejected), whatever scores it carries; the answers of any
-    other group have their scores. An answer without either, or that cannot be used, is in no pair, and neither are
-    two answers of equal merit.
+    An answer of unknown merit, or that cannot be used, is in no pair, and neither are two answers of equal merit.
     """
 
     merit: Tensor  # [E] float64, NaN where the data do not say
@@ -29,9 +33,11 @@ class Ranking:
     usable: Tensor  # [E] bool
 
     @classmethod
-    def of(cls, batch: Batch, usable: Tensor | None = None) -> Ranking:
+    def of(cls, batch: Batch, answers: Answers, usable: Tensor | None = None) -> Ranking:
         """`usable` [E] bool: answers that a loss has a number for; by default those with a supervised target."""
-        return cls(merit_of(batch), batch.groups(), batch.targets_by_sequence() > 0 if usable is None else usable)
+        if usable is None:
+            usable = batch.targets_by_sequence() > 0
+        return cls(merit_of(batch, answers), batch.groups(), usable)
 
     @cached_property
     def num_groups(self) -> int:
@@ -84,22 +90,16 @@ class Ranking:
         return values.new_zeros(self.num_groups).index_add(0, self.group, values)
 
 
-def merit_of(batch: Batch) -> Tensor:
-    """[E] float64: 0 and -1 of a preference pair's two answers, else the score; NaN where there is none."""
-    device = batch.mask.device
-    scores = [float("nan") if score is None else score for score in batch.score or [None] * batch.num_sequences]
-    merit = torch.tensor(scores, dtype=torch.float64, device=device)
-    if batch.rejected is None:
-        return merit
-    return torch.where(in_pair(batch), -batch.rejected.double(), merit)
-
-
-def in_pair(batch: Batch) -> Tensor:
-    """[E] bool: answers of preference pairs."""
-    groups = batch.groups()
-    if batch.rejected is None:
-        return torch.zeros_like(groups, dtype=torch.bool)
-    return torch.isin(groups, groups[batch.rejected])
+def merit_of(batch: Batch, answers: Answers) -> Tensor:
+    """[E] float64, of `pairs` 0 and -1 for the better and the worse answer of a preference pair, of `scores` the score
+    of any other sequence; NaN for what is neither."""
+    unknown = torch.full((batch.num_sequences,), float("nan"), dtype=torch.float64, device=batch.mask.device)
+    groups, rejected = batch.groups(), batch.rejected
+    paired = torch.zeros_like(groups, dtype=torch.bool) if rejected is None else torch.isin(groups, groups[rejected])
+    if answers == "pairs":
+        return unknown if rejected is None else torch.where(paired, -rejected.double(), unknown)
+    scores = [float("nan") if score is None else score for score in batch.score]
+    return torch.where(paired, unknown, torch.tensor(scores or unknown.tolist()).to(unknown))
 
 
 def answer_logprobs(batch: Batch, logprobs: Tensor | None, length_power: float = 0.0) -> Tensor:
@@ -111,25 +111,42 @@ def answer_logprobs(batch: Batch, logprobs: Tensor | None, length_power: float =
     return total / batch.targets_by_sequence().clamp(min=1).to(total.dtype) ** length_power
 
 
+class RankedSettings(Settings, total=False):
+    """Settings of every loss of answers that the data compare."""
+
+    answers: Answers
+
+
 class Ranked(Objective):
     """A loss per group of answers that has at least one pair (better, worse).
 
-    Serves preference pairs and scored groups alike: of a scored group every two answers of unequal score are a pair.
+    `answers`: `pairs`, the two answers of a preference row (`chosen`, `rejected`); `scores`, the rows of equal `group`
+    with a `score`, of which every two of unequal score are a pair.
     """
 
     unit = Unit.GROUP
     scope = Scope.LOGPROBS
-    columns = frozenset({"rejected"})
+
+    def __init__(self, *, answers: Answers = "pairs", **settings: Unpack[Settings]) -> None:
+        super().__init__(**settings)
+        if answers not in COLUMNS:
+            raise ConfigError(f"{type(self).__name__}: answers is {answers!r}; set pairs or scores")
+        self.answers: Answers = answers
+        self.columns = COLUMNS[answers]
+
+    def ranking(self, batch: Batch) -> Ranking:
+        """The answers that this loss compares."""
+        return Ranking.of(batch, self.answers)
 
     def units(self, batch: Batch) -> Tensor:
-        return Ranking.of(batch).pairs_by_group > 0
+        return self.ranking(batch).pairs_by_group > 0
 
 
 class Pairwise(Ranked):
     """A loss of pairs, in a group the mean over its pairs."""
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
-        ranking = Ranking.of(batch)
+        ranking = self.ranking(batch)
         return ranking.mean_pairs(self.pair_loss(batch, student, teacher, *ranking.pairs))
 
     @abstractmethod

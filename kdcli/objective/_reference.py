@@ -6,16 +6,16 @@ from typing import Literal, Unpack
 
 from torch import Tensor
 
-from kdcli.api import Batch, Need, Objective, Scope, Settings, StudentOutput, TeacherSignal
+from kdcli.api import Batch, Need, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import answer_logprobs
+from kdcli.objective._preference import Ranked, RankedSettings, answer_logprobs
 
 Reference = Literal["student", "teacher", "none"]
 
 _NEEDS = {"student": Need.REFERENCE, "teacher": Need.LOGPROBS, "none": Need.NOTHING}
 
 
-class ReferenceSettings(Settings, total=False):
+class ReferenceSettings(RankedSettings, total=False):
     """Settings of every loss with a reference."""
 
     beta: float
@@ -23,7 +23,7 @@ class ReferenceSettings(Settings, total=False):
     length_normalize: bool
 
 
-class Referenced(Objective):
+class Referenced(Ranked):
     """A loss of r = log pi(answer) - log pi_ref(answer).
 
     `reference`: `student`, the student as it began (the papers' choice); `teacher`, which makes the loss one of
@@ -32,15 +32,13 @@ class Referenced(Objective):
     if beta is not positive.
     """
 
-    scope = Scope.LOGPROBS
-
     def __init__(
         self,
         *,
         beta: float = 0.1,
         reference: Reference = "student",
         length_normalize: bool = False,
-        **settings: Unpack[Settings],
+        **settings: Unpack[RankedSettings],
     ) -> None:
         super().__init__(**settings)
         if not beta > 0:

@@ -7,25 +7,22 @@ from typing import Literal, Unpack
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Need, Objective, Scope, Settings, StudentOutput, TeacherSignal, Unit
+from kdcli.api import Batch, Need, Settings, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Ranking, answer_logprobs
+from kdcli.objective._preference import Answers, Ranked, Ranking, answer_logprobs
 
 
-class Listwise(Objective):
+class Listwise(Ranked):
     """KL(p || q) over the answers of a group: p = softmax(score / temperature), q = softmax(s / student_temperature),
     s = log pi(answer) / length^length_penalty.
 
     `scores: data` takes the data's scores (0 and -1 for a preference pair); `teacher` takes the teacher's own s, so
-    that the student learns how the teacher ranks them, zero where they agree (LLM-R, arXiv:2307.07164, distils an
-    LLM's ranking so, into a retriever). ListNet's loss is the cross-entropy, which differs by the entropy of p: the
-    same gradient. ListMLE is objective pro without its temperatures. Answers of equal score count, with equal p.
+    that the student learns how the teacher ranks the answers of a group, and is zero where they agree (LLM-R,
+    arXiv:2307.07164, distils a ranking so into a retriever). ListNet's loss is the cross-entropy, which differs by
+    the entropy of p: the same gradient. ListMLE is objective pro without its temperatures. Answers of equal score
+    count, with equal p.
     Raises ConfigError if a temperature is not positive.
     """
-
-    unit = Unit.GROUP
-    scope = Scope.LOGPROBS
-    columns = frozenset({"score", "group"})
 
     def __init__(
         self,
@@ -34,9 +31,10 @@ class Listwise(Objective):
         temperature: float = 1.0,
         student_temperature: float = 1.0,
         length_penalty: float = 1.0,
+        answers: Answers = "scores",
         **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(**settings)
+        super().__init__(answers=answers, **settings)
         for name, value in (("temperature", temperature), ("student_temperature", student_temperature)):
             if not value > 0:
                 raise ConfigError(f"Listwise: {name} is {value}; set a number above 0")
@@ -54,23 +52,17 @@ class Listwise(Objective):
         return self.scores == "teacher" and self.temperature == self.student_temperature
 
     def units(self, batch: Batch) -> Tensor:
-        ranking = self._ranking(batch)
+        ranking = self.ranking(batch)
         return ranking.sum_answers(ranking.ranked.long()) > 1
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
-        ranking = self._ranking(batch)
+        ranking = self.ranking(batch)
         own = answer_logprobs(batch, student.logprobs, self.length_penalty)
         theirs = answer_logprobs(batch, teacher.logprobs, self.length_penalty) if self.scores == "teacher" else None
         wanted = ranking.merit.where(ranking.ranked, 0.0).to(own.dtype) if theirs is None else theirs
         log_p = _log_softmax(wanted / self.temperature, ranking)
         log_q = _log_softmax(own / self.student_temperature, ranking)
         return ranking.sum_answers((log_p.exp() * (log_p - log_q)).where(ranking.ranked, 0.0))
-
-    def _ranking(self, batch: Batch) -> Ranking:
-        ranking = Ranking.of(batch)
-        if self.scores == "data":
-            return ranking
-        return Ranking(torch.zeros_like(ranking.merit), ranking.group, ranking.usable)  # the data's scores do not count
 
 
 def _log_softmax(values: Tensor, ranking: Ranking) -> Tensor:

@@ -7,9 +7,9 @@ from typing import Unpack
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from kdcli.api import Batch, Settings, StudentOutput, TeacherSignal
+from kdcli.api import Batch, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Pairwise, answer_logprobs
+from kdcli.objective._preference import Pairwise, RankedSettings, answer_logprobs
 from kdcli.ops.logprob import log_odds
 
 
@@ -22,7 +22,7 @@ class ORPO(Pairwise):
     group the mean over its pairs. Raises ConfigError if alpha is negative.
     """
 
-    def __init__(self, *, alpha: float = 0.1, **settings: Unpack[Settings]) -> None:
+    def __init__(self, *, alpha: float = 0.1, **settings: Unpack[RankedSettings]) -> None:
         super().__init__(**settings)
         if not alpha >= 0:
             raise ConfigError(f"ORPO: alpha is {alpha}; set a factor of at least 0")

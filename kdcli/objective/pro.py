@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcli.api import Batch, Settings, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Ranked, Ranking, answer_logprobs
+from kdcli.objective._preference import Answers, Ranked, answer_logprobs
 
 
 class PRO(Ranked):
@@ -23,19 +23,22 @@ class PRO(Ranked):
     log space, without the code's 1e-10. Raises ConfigError for a negative weight.
     """
 
-    columns = frozenset({"score", "group"})
-
     def __init__(
-        self, *, sft_weight: float = 0.05, score_temperature: bool = True, **settings: Unpack[Settings]
+        self,
+        *,
+        sft_weight: float = 0.05,
+        score_temperature: bool = True,
+        answers: Answers = "scores",
+        **settings: Unpack[Settings],
     ) -> None:
-        super().__init__(**settings)
+        super().__init__(answers=answers, **settings)
         if not sft_weight >= 0:
             raise ConfigError(f"PRO: sft_weight is {sft_weight}; set a factor of at least 0")
         self.sft_weight = sft_weight
         self.score_temperature = score_temperature
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
-        ranking = Ranking.of(batch)
+        ranking = self.ranking(batch)
         beats, mean = ranking.beats, answer_logprobs(batch, student.logprobs, 1.0)
         gap = (ranking.merit[:, None] - ranking.merit).where(beats, 0.0).to(mean.dtype)  # [E, E]
         if not self.score_temperature:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from kdcli.api import Batch, ModelShape, Scope, Settings, StudentOutput, TeacherSignal
+from kdcli.api import Batch, ModelShape, Scope, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
 from kdcli.objective._embedding import pooled, read_answer, some
-from kdcli.objective._preference import Ranked, Ranking
+from kdcli.objective._preference import Ranked, RankedSettings, Ranking
 
 
 class RewardModel(Ranked):
@@ -26,7 +26,7 @@ class RewardModel(Ranked):
 
     scope = Scope.STATES
 
-    def __init__(self, *, center: float = 0.0, **settings: Unpack[Settings]) -> None:
+    def __init__(self, *, center: float = 0.0, **settings: Unpack[RankedSettings]) -> None:
         super().__init__(**settings)
         if not center >= 0:
             raise ConfigError(f"RewardModel: center is {center}; set a factor of at least 0, such as 0.01")
@@ -36,16 +36,13 @@ class RewardModel(Ranked):
     def fit(self, student: ModelShape, teacher: ModelShape | None) -> None:
         self.value = nn.Parameter(torch.randn(student.width) / (student.width + 1) ** 0.5)
 
-    def units(self, batch: Batch) -> Tensor:
-        return self._ranking(batch).pairs_by_group > 0
-
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
         assert self.value is not None, "fit() makes the reward's parameters"
         states = pooled(batch, student.hidden, read_answer(batch), "last")  # [E, D]
         reward = states @ self.value.to(states.dtype)
-        ranking = self._ranking(batch)
+        ranking = self.ranking(batch)
         better, worse = (reward[side] for side in ranking.pairs)
         return ranking.mean_pairs(-logsigmoid(better - worse) + self.center * (better + worse).square())
 
-    def _ranking(self, batch: Batch) -> Ranking:
-        return Ranking.of(batch, some(batch, read_answer(batch)))
+    def ranking(self, batch: Batch) -> Ranking:
+        return Ranking.of(batch, self.answers, some(batch, read_answer(batch)))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdcli.api import Batch, Settings, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Ranked, Ranking, answer_logprobs
+from kdcli.objective._preference import Answers, Ranked, answer_logprobs
 
 
 class RRHF(Ranked):
@@ -21,17 +21,22 @@ class RRHF(Ranked):
     best answers the first is learned from. Raises ConfigError for a negative weight.
     """
 
-    columns = frozenset({"score", "group"})
-
-    def __init__(self, *, rank_weight: float = 1.0, length_penalty: float = 1.0, **settings: Unpack[Settings]) -> None:
-        super().__init__(**settings)
+    def __init__(
+        self,
+        *,
+        rank_weight: float = 1.0,
+        length_penalty: float = 1.0,
+        answers: Answers = "scores",
+        **settings: Unpack[Settings],
+    ) -> None:
+        super().__init__(answers=answers, **settings)
         if not rank_weight >= 0:
             raise ConfigError(f"RRHF: rank_weight is {rank_weight}; set a factor of at least 0")
         self.rank_weight = rank_weight
         self.length_penalty = length_penalty
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
-        ranking = Ranking.of(batch)
+        ranking = self.ranking(batch)
         better, worse = ranking.pairs
         score = answer_logprobs(batch, student.logprobs, self.length_penalty)
         learned = answer_logprobs(batch, student.logprobs, 1.0)[ranking.best]

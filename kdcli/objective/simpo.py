@@ -7,9 +7,9 @@ from typing import Unpack
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from kdcli.api import Batch, Settings, StudentOutput, TeacherSignal
+from kdcli.api import Batch, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Pairwise, answer_logprobs
+from kdcli.objective._preference import Pairwise, RankedSettings, answer_logprobs
 
 
 class SimPO(Pairwise):
@@ -19,7 +19,7 @@ class SimPO(Pairwise):
     (beta 2, ratio .25) are ours. In a scored group the mean over its pairs. Raises ConfigError if beta is not positive.
     """
 
-    def __init__(self, *, beta: float = 2.0, margin: float = 0.5, **settings: Unpack[Settings]) -> None:
+    def __init__(self, *, beta: float = 2.0, margin: float = 0.5, **settings: Unpack[RankedSettings]) -> None:
         super().__init__(**settings)
         if not beta > 0:
             raise ConfigError(f"SimPO: beta is {beta}; set a number above 0, such as 2")

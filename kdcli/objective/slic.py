@@ -6,9 +6,9 @@ from typing import Unpack
 
 from torch import Tensor
 
-from kdcli.api import Batch, Settings, StudentOutput, TeacherSignal
+from kdcli.api import Batch, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Pairwise, answer_logprobs
+from kdcli.objective._preference import Pairwise, RankedSettings, answer_logprobs
 
 
 class SLiC(Pairwise):
@@ -26,7 +26,7 @@ class SLiC(Pairwise):
         margin: float = 1.0,
         sft_weight: float = 0.1,
         length_normalize: bool = False,
-        **settings: Unpack[Settings],
+        **settings: Unpack[RankedSettings],
     ) -> None:
         super().__init__(**settings)
         for name, value in (("margin", margin), ("sft_weight", sft_weight)):

@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import product
+from itertools import permutations, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -52,7 +52,7 @@ class Answer:
     score: float | None = None
 
 
-# A preference pair (whose scores contradict it, and do not count), four scored answers with a tie and one without a
+# A preference pair (whose scores contradict it, and never count), four scored answers with a tie and one without a
 # score, a pair whose better answer was cut off, an answer alone, a scored pair with equal scores, and two groups more.
 MIXED = [
     Answer(3, group=0, score=1.0),
@@ -158,31 +158,37 @@ REFERENCED: list[dict[str, Any]] = [
     {"beta": 0.7, "reference": "teacher"},
     {"reference": "none", "length_normalize": True},
     {"length_normalize": True},
+    {"answers": "scores"},
 ]
 SETTINGS: dict[type[Objective], list[dict[str, Any]]] = {
     DPO: [*REFERENCED, {"label_smoothing": 0.2, "beta": 1.3}],
     IPO: [*REFERENCED],
     KTO: [
         *REFERENCED,
-        {"desirable_weight": 2.0, "undesirable_weight": 0.5, "threshold": 0.6, "beta": 0.5},
-        {"baseline": "none", "beta": 2.0},
+        {"desirable_weight": 2.0, "undesirable_weight": 0.5, "threshold": 0.6, "beta": 0.5, "baseline": "group"},
+        {"answers": "pairs", "baseline": "group", "beta": 2.0},
     ],
-    ORPO: [{}, {"alpha": 2.0}],
-    SimPO: [{}, {"beta": 0.5, "margin": 1.5}],
-    SLiC: [{}, {"margin": 0.0, "sft_weight": 0.0}, {"length_normalize": True, "sft_weight": 1.0, "margin": 0.3}],
-    RRHF: [{}, {"rank_weight": 3.0, "length_penalty": 0.0}, {"length_penalty": 0.5}],
-    PRO: [{}, {"score_temperature": False, "sft_weight": 0.0}, {"sft_weight": 0.7}],
+    ORPO: [{}, {"alpha": 2.0, "answers": "scores"}],
+    SimPO: [{"answers": "scores"}, {"beta": 0.5, "margin": 1.5}],
+    SLiC: [
+        {},
+        {"margin": 0.0, "sft_weight": 0.0},
+        {"length_normalize": True, "sft_weight": 1.0, "margin": 0.3, "answers": "scores"},
+    ],
+    RRHF: [{}, {"rank_weight": 3.0, "length_penalty": 0.0}, {"length_penalty": 0.5, "answers": "pairs"}],
+    PRO: [{}, {"score_temperature": False, "sft_weight": 0.0}, {"sft_weight": 0.7, "answers": "pairs"}],
     Listwise: [
         {},
         {"temperature": 0.3, "student_temperature": 2.0, "length_penalty": 0.0},
         {"scores": "teacher", "temperature": 0.5},
+        {"scores": "teacher", "answers": "pairs"},
     ],
-    RewardModel: [{}, {"center": 0.3}],
+    RewardModel: [{}, {"center": 0.3, "answers": "scores"}],
     Contrastive: [
         {},
-        {"pooling": "last", "temperature": 0.5},
-        {"anchor": "first", "temperature": 0.3},
-        {"anchor": "first", "pooling": "last", "temperature": 1.0},
+        {"pooling": "last", "temperature": 0.5, "answers": "scores"},
+        {"anchor": "top", "temperature": 0.3, "answers": "scores"},
+        {"anchor": "top", "pooling": "last", "temperature": 1.0, "answers": "scores"},
     ],
     PolicyGradient: [
         {},
@@ -387,7 +393,7 @@ def test_nothing_to_train_on_is_zero_with_a_graph(kind: type[Objective], setting
     leaf, states = torch.zeros_like(at.logprobs).requires_grad_(), at.hidden.clone().requires_grad_()
     value = objective(at.batch, StudentOutput(logprobs=leaf, hidden=states), at.teacher)
     assert value.isfinite().all()
-    if not (kind is Contrastive and settings.get("anchor") == "first"):  # it reads texts, not targets
+    if settings.get("anchor") != "top":  # it reads texts, not targets
         assert not counted(objective, at.batch).any()
     value.masked_fill(~counted(objective, at.batch).view_as(value), 0.0).sum().backward()
     gradient = states.grad if kind.scope is Scope.STATES else leaf.grad
@@ -428,10 +434,8 @@ def test_declares_what_it_needs(kind: type[Objective]) -> None:
     "kind", [k for k in SETTINGS if k.unit is Unit.GROUP and k is not Listwise], ids=lambda k: k.__name__
 )
 def test_only_the_order_of_scores_counts_where_no_score_is_in_the_formula(kind: type[Objective]) -> None:
-    if kind is PRO:
-        objective = fitted(kind, score_temperature=False)
-    else:
-        objective = fitted(kind)
+    settings: dict[str, Any] = {"score_temperature": False} if kind is PRO else {}
+    objective = fitted(kind, answers="scores", **settings)
     at = case()
     one = value_of(objective, at)
     at.batch = replace(at.batch, score=[None if s is None else s**3 + 10 * s for s in at.batch.score])
@@ -445,7 +449,7 @@ def test_only_the_order_of_scores_counts_where_no_score_is_in_the_formula(kind: 
         (DPO, {"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         (IPO, {"reference": "teachers"}, "set student, teacher or none"),
         (KTO, {"undesirable_weight": -1.0}, "undesirable_weight is -1.0"),
-        (KTO, {"baseline": "batch"}, "set group or none"),
+        (KTO, {"baseline": "batch"}, "set none or group"),
         (ORPO, {"alpha": -0.1}, "alpha is -0.1"),
         (SimPO, {"beta": -1.0}, "beta is -1.0"),
         (SLiC, {"margin": -1.0}, "margin is -1.0"),
@@ -455,7 +459,9 @@ def test_only_the_order_of_scores_counts_where_no_score_is_in_the_formula(kind: 
         (Listwise, {"scores": "model"}, "set data or teacher"),
         (RewardModel, {"center": -1.0}, "center is -1.0"),
         (Contrastive, {"temperature": 0.0}, "temperature is 0.0"),
-        (Contrastive, {"anchor": "last"}, "set prompt or first"),
+        (Contrastive, {"anchor": "last"}, "set prompt or top"),
+        (Contrastive, {"anchor": "top"}, "set answers=scores"),
+        (RRHF, {"answers": "all"}, "set pairs or scores"),
         (Contrastive, {"pooling": "max"}, "set mean or last"),
         (DPKD, {"variant": "kto"}, "set dpo, ipo or dpop"),
         (DPKD, {"beta": 0.0}, "beta is 0.0"),
@@ -474,6 +480,31 @@ def test_only_the_order_of_scores_counts_where_no_score_is_in_the_formula(kind: 
 def test_settings_outside_the_formula_are_refused(kind: type[Objective], settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         kind(**settings)
+
+
+def test_columns_follow_what_is_compared() -> None:
+    pairs, scores = frozenset({"rejected"}), frozenset({"score", "group"})
+    assert (DPO().columns, DPO(answers="scores").columns) == (pairs, scores)
+    assert (RRHF().columns, RRHF(answers="pairs").columns) == (scores, pairs)
+    assert (KTO().columns, KTO(answers="pairs").columns) == (frozenset({"score"}), pairs)
+    assert KTO(baseline="group").columns == scores, "other answers to the prompt are those of its group"
+    assert DistiLLM2().columns == pairs
+
+
+@pytest.mark.parametrize("kind", [k for k in SETTINGS if k is not PolicyGradient], ids=lambda k: k.__name__)
+def test_compares_either_pairs_or_scores(kind: type[Objective]) -> None:
+    """In a batch that has both: groups 0, 2 and 6 are pairs, of which 2 has lost its better answer."""
+    batch, groups = case().batch, torch.tensor([a.group for a in MIXED])
+    paired = torch.isin(groups, torch.tensor([0, 2, 6]))
+    for answers in ("pairs", "scores"):
+        units = fitted(kind, answers=answers).units(batch)
+        if kind.unit is Unit.GROUP:
+            kept = {"pairs": [0, 6], "scores": [1, 4, 5] if kind is Listwise else [1, 5]}
+            assert units.nonzero()[:, 0].tolist() == kept[answers]
+        else:
+            scored = torch.tensor([a.score is not None for a in MIXED])
+            known = paired if answers == "pairs" else scored & ~paired
+            assert torch.equal(units, known & (batch.targets_by_sequence() > 0))
 
 
 def test_needs_follow_the_reference() -> None:
@@ -552,7 +583,8 @@ def test_kto_by_hand() -> None:
     logprobs = torch.zeros(batch.mask.shape, dtype=torch.float64)
     logprobs[batch.mask] = torch.tensor([1.0, -2.0], dtype=torch.float64)
     reference = TeacherSignal(reference_logprobs=torch.zeros_like(logprobs))
-    value = KTO(beta=0.5, undesirable_weight=3.0)(batch, StudentOutput(logprobs=logprobs), reference)
+    objective = KTO(answers="pairs", baseline="group", beta=0.5, undesirable_weight=3.0)
+    value = objective(batch, StudentOutput(logprobs=logprobs), reference)
     assert value.tolist() == pytest.approx([1 / (1 + math.exp(0.5)), 3 / (1 + math.exp(1.5))])
 
 
@@ -636,14 +668,17 @@ def test_contrastive_by_hand() -> None:
     assert value.item() == pytest.approx(math.log1p(math.exp(-3)))
 
 
-def test_a_query_of_its_own_is_the_first_of_its_group() -> None:
-    """The first sequence is the query although its score is the best; a text is all that is read of a sequence."""
-    batch = batch_of([Answer(1, score=9.0), Answer(1, score=1.0), Answer(1, score=0.0)])
-    hidden = torch.zeros(*batch.mask.shape, 2, dtype=torch.float64)
-    for row, vector in enumerate(([1.0, 0.0], [0.0, 2.0], [3.0, 0.0])):
-        hidden[row] = torch.tensor(vector)
-    value = Contrastive(anchor="first", temperature=1.0)(batch, StudentOutput(hidden=hidden), TeacherSignal())
-    assert value.item() == pytest.approx(math.log1p(math.e))  # cosines 0 of the positive, 1 of the negative
+def test_a_query_of_its_own_is_the_best_of_its_group() -> None:
+    """Query (1, 0), positive (0, 2) at cosine 0, negative (3, 0) at cosine 1; all that is read of a sequence is text.
+    The order of the rows does not matter."""
+    answers = [Answer(1, score=2.0), Answer(1, score=1.0), Answer(1, score=0.0)]
+    vectors = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]], dtype=torch.float64)
+    objective = Contrastive(answers="scores", anchor="top", temperature=1.0)
+    for order in permutations(range(3)):
+        batch = batch_of([answers[i] for i in order])
+        hidden = vectors[list(order)].unsqueeze(1).expand(-1, batch.mask.shape[1], -1)
+        value = objective(batch, StudentOutput(hidden=hidden), TeacherSignal())
+        assert value.item() == pytest.approx(math.log1p(math.e))
 
 
 # ------------------------------------------------------------------------------------- policy gradient

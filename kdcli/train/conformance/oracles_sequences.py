@@ -75,6 +75,7 @@ def dpo(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "pairs",
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     reference: str = "student",
@@ -87,7 +88,7 @@ def dpo(
         wins = beta * (ratio[better] - ratio[worse])
         return (1 - label_smoothing) * _softplus(-wins) + label_smoothing * _softplus(wins)
 
-    return _mean_of_pairs(batch, loss)
+    return _mean_of_pairs(batch, answers, loss)
 
 
 def ipo(
@@ -95,13 +96,14 @@ def ipo(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "pairs",
     beta: float = 0.1,
     reference: str = "student",
     length_normalize: bool = False,
     parameters: Mapping[str, Array] | None = None,
 ) -> Array:
     ratio = _log_ratios(batch, student, teacher, reference, length_normalize)
-    return _mean_of_pairs(batch, lambda better, worse: (ratio[better] - ratio[worse] - 0.5 / beta) ** 2)
+    return _mean_of_pairs(batch, answers, lambda better, worse: (ratio[better] - ratio[worse] - 0.5 / beta) ** 2)
 
 
 def kto(
@@ -109,17 +111,18 @@ def kto(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "scores",
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
     threshold: float = 0.0,
-    baseline: str = "group",
+    baseline: str = "none",
     reference: str = "student",
     length_normalize: bool = False,
     parameters: Mapping[str, Array] | None = None,
 ) -> Array:
     ratio = _log_ratios(batch, student, teacher, reference, length_normalize)
-    places, merits, of_pair = _places(batch), _merits(batch), _in_pair(batch)
+    places, merits = _places(batch), _merits(batch, answers)
     result = np.full(len(ratio), np.nan)
     for group in _groups(batch):
         for i in group:
@@ -128,7 +131,7 @@ def kto(
                 continue
             others = [ratio[j] for j in group if j != i and places[j]]
             base = max(0.0, sum(others) / len(others)) if others and baseline == "group" else 0.0
-            good = merit == 0 if of_pair[i] else merit > threshold
+            good = merit == 0 if answers == "pairs" else merit > threshold
             gain = beta * (ratio[i] - base)
             if good:
                 result[i] = desirable_weight * (1 - _sigmoid(gain))
@@ -142,6 +145,7 @@ def orpo(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "pairs",
     alpha: float = 0.1,
     parameters: Mapping[str, Array] | None = None,
 ) -> Array:
@@ -153,7 +157,7 @@ def orpo(
     def loss(better: int, worse: int) -> float:
         return -mean[better] + alpha * _softplus(log_odds(mean[worse]) - log_odds(mean[better]))
 
-    return _mean_of_pairs(batch, loss)
+    return _mean_of_pairs(batch, answers, loss)
 
 
 def simpo(
@@ -161,12 +165,15 @@ def simpo(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "pairs",
     beta: float = 2.0,
     margin: float = 0.5,
     parameters: Mapping[str, Array] | None = None,
 ) -> Array:
     mean = _scores(batch, student.logprobs, 1.0)
-    return _mean_of_pairs(batch, lambda better, worse: _softplus(-beta * (mean[better] - mean[worse] - margin / beta)))
+    return _mean_of_pairs(
+        batch, answers, lambda better, worse: _softplus(-beta * (mean[better] - mean[worse] - margin / beta))
+    )
 
 
 def slic(
@@ -174,6 +181,7 @@ def slic(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "pairs",
     margin: float = 1.0,
     sft_weight: float = 0.1,
     length_normalize: bool = False,
@@ -182,6 +190,7 @@ def slic(
     log_pi = _scores(batch, student.logprobs, float(length_normalize))
     return _mean_of_pairs(
         batch,
+        answers,
         lambda better, worse: max(0.0, margin + log_pi[worse] - log_pi[better]) - sft_weight * log_pi[better],
     )
 
@@ -194,13 +203,14 @@ def rrhf(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "scores",
     rank_weight: float = 1.0,
     length_penalty: float = 1.0,
     parameters: Mapping[str, Array] | None = None,
 ) -> Array:
     score, mean = (_scores(batch, student.logprobs, power) for power in (length_penalty, 1.0))
     result = []
-    for pairs in _pairs(batch):
+    for pairs in _pairs(batch, answers):
         if not pairs:
             result.append(math.nan)
             continue
@@ -214,14 +224,15 @@ def pro(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "scores",
     sft_weight: float = 0.05,
     score_temperature: bool = True,
     parameters: Mapping[str, Array] | None = None,
 ) -> Array:
     total, mean = (_scores(batch, student.logprobs, power) for power in (0.0, 1.0))
-    merits, places = _merits(batch), _places(batch)
+    merits, places = _merits(batch, answers), _places(batch)
     result = []
-    for group, pairs in zip(_groups(batch), _pairs(batch), strict=True):
+    for group, pairs in zip(_groups(batch), _pairs(batch, answers), strict=True):
         if not pairs:
             result.append(math.nan)
             continue
@@ -231,8 +242,8 @@ def pro(
             gaps = [float(merits[k] - merits[i]) if score_temperature else 1.0 for i in rivals]
             own = mean[k] * max(gaps)
             loss += _log_sum_exp(np.array([own, *(mean[i] * gap for i, gap in zip(rivals, gaps, strict=True))])) - own
-        answers = sum(merits[i] is not None and bool(places[i]) for i in group)
-        result.append(loss - sft_weight * (answers - 1) ** 2 * total[_best(pairs)])
+        size = sum(merits[i] is not None and bool(places[i]) for i in group)
+        result.append(loss - sft_weight * (size - 1) ** 2 * total[_best(pairs)])
     return np.array(result)
 
 
@@ -241,6 +252,7 @@ def listwise(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "scores",
     scores: str = "data",
     temperature: float = 1.0,
     student_temperature: float = 1.0,
@@ -248,16 +260,16 @@ def listwise(
     parameters: Mapping[str, Array] | None = None,
 ) -> Array:
     own = _scores(batch, student.logprobs, length_penalty)
-    wanted: Any = _merits(batch) if scores == "data" else _scores(batch, teacher.logprobs, length_penalty)
-    places = _places(batch)
+    merits, places = _merits(batch, answers), _places(batch)
+    wanted: Any = merits if scores == "data" else _scores(batch, teacher.logprobs, length_penalty)
     result = []
     for group in _groups(batch):
-        answers = [i for i in group if places[i] and wanted[i] is not None]
-        if len(answers) < 2:
+        known = [i for i in group if places[i] and merits[i] is not None]
+        if len(known) < 2:
             result.append(math.nan)
             continue
-        u = _log_softmax(np.array([wanted[i] / temperature for i in answers]))
-        v = _log_softmax(np.array([own[i] / student_temperature for i in answers]))
+        u = _log_softmax(np.array([wanted[i] / temperature for i in known]))
+        v = _log_softmax(np.array([own[i] / student_temperature for i in known]))
         result.append(float(np.exp(u) @ (u - v)))
     return np.array(result)
 
@@ -270,6 +282,7 @@ def reward_model(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "pairs",
     center: float = 0.0,
     parameters: Mapping[str, Array],
 ) -> Array:
@@ -279,7 +292,7 @@ def reward_model(
     def loss(better: int, worse: int) -> float:
         return _softplus(rewards[worse] - rewards[better]) + center * (rewards[better] + rewards[worse]) ** 2
 
-    return _mean_of_pairs(batch, loss, read)
+    return _mean_of_pairs(batch, answers, loss, read)
 
 
 def contrastive(
@@ -287,6 +300,7 @@ def contrastive(
     student: Any,
     teacher: Any,
     *,
+    answers: str = "pairs",
     anchor: str = "prompt",
     pooling: str = "mean",
     temperature: float = 0.02,
@@ -298,16 +312,19 @@ def contrastive(
         return vector / math.sqrt(float(vector @ vector))
 
     texts = _read(batch) if anchor == "prompt" else _texts(batch)
-    if anchor == "first":
-        queries = {min(group): texts[min(group)] for group in _groups(batch)}
-        texts = [[] if i in queries else places for i, places in enumerate(texts)]
+    queries: list[Any] = [None] * len(_groups(batch))
+    if anchor == "top":
+        for g, pairs in enumerate(_pairs(batch, answers, texts)):
+            if pairs:
+                queries[g] = texts[_best(pairs)]
+                texts[_best(pairs)] = []
     result = []
-    for group, pairs in zip(_groups(batch), _pairs(batch, texts), strict=True):
+    for query_text, pairs in zip(queries, _pairs(batch, answers, texts), strict=True):
         if not pairs:
             result.append(math.nan)
             continue
         best = _best(pairs)
-        query = embedding(queries[min(group)] if anchor == "first" else _prompts(batch)[best])
+        query = embedding(_prompts(batch)[best] if query_text is None else query_text)
         rivals = [best, *(worse for better, worse in pairs if better == best)]
         similar = np.array([query @ embedding(texts[i]) / temperature for i in rivals])
         result.append(_log_sum_exp(similar) - similar[0])
@@ -379,10 +396,15 @@ def _in_pair(batch: Any) -> list[bool]:
     return found
 
 
-def _merits(batch: Any) -> list[Any]:
-    """How good each sequence is: 0 or -1 of a pair, else its score; None where nobody says."""
-    scores = list(batch.score) or [None] * len(batch.weight)
-    return [(-1.0 if batch.rejected[i] else 0.0) if of_pair else scores[i] for i, of_pair in enumerate(_in_pair(batch))]
+def _merits(batch: Any, answers: str) -> list[Any]:
+    """How good each sequence is: 0 or -1 of a pair, or any other's score; None for what is not asked for."""
+    result: list[Any] = []
+    for i, of_pair in enumerate(_in_pair(batch)):
+        if answers == "pairs":
+            result.append((-1.0 if batch.rejected[i] else 0.0) if of_pair else None)
+        else:
+            result.append(None if of_pair else batch.score[i])
+    return result
 
 
 def _places(batch: Any) -> list[list[tuple[int, int]]]:
@@ -421,9 +443,9 @@ def _prompts(batch: Any) -> list[list[tuple[int, int]]]:
     ]
 
 
-def _pairs(batch: Any, places: list[list[tuple[int, int]]] | None = None) -> list[list[Pair]]:
+def _pairs(batch: Any, answers: str, places: list[list[tuple[int, int]]] | None = None) -> list[list[Pair]]:
     """Per group every (better, worse), of sequences that have `places`: by default supervised targets."""
-    merits, places = _merits(batch), places or _places(batch)
+    merits, places = _merits(batch, answers), places or _places(batch)
     result = []
     for group in _groups(batch):
         known = [i for i in group if merits[i] is not None and places[i]]
@@ -431,9 +453,9 @@ def _pairs(batch: Any, places: list[list[tuple[int, int]]] | None = None) -> lis
     return result
 
 
-def _mean_of_pairs(batch: Any, loss: Any, places: list[list[tuple[int, int]]] | None = None) -> Array:
+def _mean_of_pairs(batch: Any, answers: str, loss: Any, places: list[list[tuple[int, int]]] | None = None) -> Array:
     result = []
-    for pairs in _pairs(batch, places):
+    for pairs in _pairs(batch, answers, places):
         losses = [loss(better, worse) for better, worse in pairs]
         result.append(sum(losses) / len(losses) if losses else math.nan)
     return np.array(result)
