@@ -103,6 +103,8 @@ class Candidate:
             for value in values:
                 if self.accepts({name: value}):
                     yield {name: value}
+        if "temperature" in self.settings and "temperature_scale" in self.settings:
+            yield {"temperature": 2.0, "temperature_scale": "t2"}
 
     def accepts(self, changes: Mapping[str, Any]) -> bool:
         """Whether the constructor takes these settings; objectives of users raise what they like."""
@@ -122,7 +124,7 @@ class Candidate:
         for name in (*self.numbers(), *(["temperature"] if "temperature" in self.settings else [])):
             yield name, (0.0, 0.3, 1.0, 2.0)
         for name, values in self.choices.items():
-            if name not in (*SHARED, "temperature_scale") and name in self.settings:
+            if name not in SHARED and name in self.settings and name != "temperature_scale":
                 yield name, tuple(value for value in values if value != self.settings[name])
 
 

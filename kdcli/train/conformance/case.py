@@ -213,7 +213,7 @@ def whole(
         student.logprobs = draw.logprobs(batch.mask)
     else:
         layers = draw.layers(shapes[0], batch.segment, objective.needs)
-        student = StudentOutput(hidden=draw.hidden(shapes[0], batch.segment), head=draw.head(shapes[0]), **layers)
+        student = StudentOutput(hidden=draw.last(shapes[0], batch.segment), head=draw.head(shapes[0]), **layers)
     return Case(
         batch=batch,
         student=student,
@@ -242,7 +242,7 @@ def _signal(objective: Objective, batch: Batch, shape: ModelShape, draw: _Draw) 
     signal = TeacherSignal()
     if needs & (DENSE | Need.HIDDEN):
         signal.head = draw.head(shape)
-        signal.hidden = draw.hidden(shape, batch.segment)
+        signal.hidden = draw.last(shape, batch.segment)
     if view is None:
         for name, value in draw.layers(shape, batch.segment, needs).items():
             setattr(signal, name, value)
@@ -266,7 +266,7 @@ def _at_own_positions(
     assert view.mask is not None, "a foreign teacher has its own view"
     own = torch.where(view.attention_mask, 0, -1)
     if signal.hidden is not None:
-        signal.own_hidden = draw.hidden(shape, own)
+        signal.own_hidden = draw.last(shape, own)
         signal.hidden = at_targets(signal.own_hidden, view.position)
     if Need.HIDDEN in needs:
         states = draw.layers(shape, own, needs)
@@ -284,11 +284,13 @@ def at_targets(values: Tensor, position: Tensor) -> Tensor:
 
 
 class _Draw:
-    """Random float64 numbers of one standard deviation, in order."""
+    """Random float64 numbers of one standard deviation, in order. What a head or an embedding holds stays moderate
+    where that is large, as in models: logits are large because of the head's weights."""
 
     def __init__(self, seed: int, spread: float) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.spread = spread
+        self.moderate = min(spread, 2.0) / spread
 
     def __call__(self, *shape: int) -> Tensor:
         return self.spread * torch.randn(*shape, generator=self.generator, dtype=torch.float64)
@@ -300,9 +302,12 @@ class _Draw:
     def hidden(self, shape: ModelShape, segment: Tensor) -> Tensor:
         return self(*segment.shape, shape.width) * (segment >= 0).unsqueeze(-1)
 
+    def last(self, shape: ModelShape, segment: Tensor) -> Tensor:
+        return self.hidden(shape, segment) * self.moderate
+
     def head(self, shape: ModelShape) -> Head:
-        """With a bias and three rows that are no tokens; logits have the spread of hidden states."""
-        scale = 1 / (self.spread * math.sqrt(shape.width))
+        """With a bias and three rows that are no tokens; logits of `last` have the spread."""
+        scale = 1 / (self.moderate * self.spread * math.sqrt(shape.width))
         rows = shape.vocab_size + 3
         return Head(weight=self(rows, shape.width) * scale, bias=0.3 * self(rows), vocab_size=shape.vocab_size)
 
@@ -310,7 +315,7 @@ class _Draw:
         known: dict[str, Any] = {}
         if Need.HIDDEN in needs:
             known["hidden_states"] = tuple(self.hidden(shape, segment) for _ in range(shape.layers + 1))
-            known["embedding"] = self(shape.vocab_size + 3, shape.width)
+            known["embedding"] = self(shape.vocab_size + 3, shape.width) * self.moderate
         if Need.ATTENTION in needs:
             known["attentions"] = tuple(self.attention(shape, segment) for _ in range(shape.layers))
         if Need.RELATIONS in needs:

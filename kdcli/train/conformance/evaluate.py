@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -69,26 +70,30 @@ def by_every_path(objective: Objective, at: Case) -> list[Result]:
 
 
 def by_oracle(candidate: Candidate, objective: Objective, at: Case, changes: Mapping[str, Any]) -> Tensor:
-    """Values [units] of the independent formula."""
+    """Values [units] of the independent formula, NaN where plain float64 arithmetic gives none."""
     oracle = candidate.oracle
     if oracle is None:
         raise NotApplicable("no second formula is known; give the class a static method `oracle`")
     settings = {**candidate.settings, **changes}
     wanted = inspect.signature(oracle).parameters
     read = {n: settings[n] for n in wanted if n in settings}
-    with np.errstate(all="ignore"):
-        if "batch" not in wanted:
-            temperature, scale = candidate.scale(changes)
-            y, z = (logits[0].double().numpy() / temperature for logits in (at.y, at.z))
-            targets = at.batch.targets[0].tolist()
-            values = np.array([[scale * oracle(a, b, t, **read) for a, b, t in zip(y, z, targets, strict=True)]])
-        else:
-            if "tokenizers" in wanted:
-                read["tokenizers"] = at.tokenizers
-            if "parameters" in wanted:
-                read["parameters"] = {n: p.detach().numpy() for n, p in objective.named_parameters()}
-            values = np.asarray(oracle(*map(records.plain, (at.batch, at.student, at.teacher)), **read))
-    return torch.as_tensor(values, dtype=torch.float64)[selected(objective, at)]
+    if "tokenizers" in wanted:
+        read["tokenizers"] = at.tokenizers
+    if "parameters" in wanted:
+        read["parameters"] = {n: p.detach().numpy() for n, p in objective.named_parameters()}
+    kept = selected(objective, at)
+    try:
+        with np.errstate(all="ignore"):
+            if "batch" in wanted:
+                values = np.asarray(oracle(*map(records.plain, (at.batch, at.student, at.teacher)), **read))
+            else:
+                temperature, scale = candidate.scale(changes)
+                y, z = (logits[0].double().numpy() / temperature for logits in (at.y, at.z))
+                targets = at.batch.targets[0].tolist()
+                values = np.array([[scale * oracle(a, b, t, **read) for a, b, t in zip(y, z, targets, strict=True)]])
+    except (ArithmeticError, ValueError):
+        return torch.full((int(kept.sum()),), math.nan, dtype=torch.float64)
+    return torch.as_tensor(values, dtype=torch.float64)[kept]
 
 
 def takes_top_k(candidate: Candidate) -> bool:

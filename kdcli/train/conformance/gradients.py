@@ -36,7 +36,7 @@ def finite_differences(candidate: Candidate) -> Measure:
                 if path == "logprobs":
                     direction *= at.batch.mask  # elsewhere they are 0, and nothing flows back
                 if path.startswith("attentions"):
-                    direction *= at.leaves()[path]  # a probability moves by a share of itself, and stays one
+                    direction *= at.leaves()[path]  # a step must be small beside a probability
                 error = max(error, distance((gradient * direction).sum(), slope.along({path: direction}).sum()))
     return Measure(error, 1e-6)  # a step of 1e-5: its square, and float64's resolution over it
 
@@ -71,6 +71,7 @@ class _Slope:
         if getattr(objective, "stops_gradient", False):
             tape: list[Any] = []
             self._values({}, Detached(tape, replay=False))
+            assert tape, "it says that it stops gradients, and detaches nothing"
             self.tape = tape
 
     def along(self, direction: dict[str, Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ from kdcli.api import Batch, TeacherSignal
 from kdcli.objective.forward_kl import ForwardKL
 from kdcli.train.conformance import models
 from kdcli.train.conformance.candidate import Candidate
-from kdcli.train.conformance.suite import run
+from kdcli.train.conformance.suite import CHECKS, run
 from kdcli.train.distiller import Distiller
 
 
@@ -105,6 +105,28 @@ class FirstTargetOfARowLost(Distiller):
         return super()._train(replace(batch, mask=batch.mask & ~first), counts)
 
 
+class ReductionIgnored(Distiller):
+    """`reduction` is a flag that does nothing: always the mean over targets."""
+
+    def _train(self, batch: Batch, counts: Mapping[str, float]) -> Any:
+        known = [(term, term.reduction) for term in self.terms.values()]
+        for term, _ in known:
+            term.reduction = "token"
+        result = super()._train(batch, dict.fromkeys(counts, counts["tokens"]))
+        for term, reduction in known:
+            term.reduction = reduction
+        return result
+
+
+class MeanOfMeansOfSequences(Distiller):
+    """`reduction=sequence` is the mean over micro-batches of their means over sequences."""
+
+    def _train(self, batch: Batch, counts: Mapping[str, float]) -> Any:
+        if any(term.reduction == "sequence" for term in self.terms.values()):
+            counts = {**counts, "it": 2 * self.count(batch)["it"]}
+        return super()._train(batch, counts)
+
+
 class LowPrecision(Distiller):
     """Gradients of a bfloat16 student are rounded to 4 bits."""
 
@@ -122,7 +144,7 @@ class LowPrecision(Distiller):
 
 
 PLANTED: dict[type[Distiller], set[str]] = {
-    LocalCounts: {"micro_batches_do_not_matter", "ranks_do_not_matter"},
+    LocalCounts: {"micro_batches_do_not_matter", "ranks_do_not_matter", "two_processes_are_one"},
     PaddingCounted: {"chunked_is_dense", "packing_does_not_matter"},
     MaskIgnored: {"chunked_is_dense", "nothing_to_train_on", "ranks_do_not_matter"},
     PaddingTrained: {"masked_targets_do_not_matter", "packing_does_not_matter"},
@@ -134,6 +156,8 @@ PLANTED: dict[type[Distiller], set[str]] = {
     LastChunkLost: {"chunks_do_not_matter", "chunked_is_dense"},
     FirstTargetOfARowLost: {"packing_does_not_matter", "chunked_is_dense"},
     LowPrecision: {"bfloat16"},
+    ReductionIgnored: {"reductions_are_dense_means"},
+    MeanOfMeansOfSequences: {"reductions_are_dense_means"},
 }
 
 
@@ -146,11 +170,10 @@ def test_a_planted_mistake_is_caught_by_the_check_made_for_it(
     assert PLANTED[wrong] <= caught, f"{wrong.__doc__} Caught by {sorted(caught)}"
 
 
-def test_every_check_of_a_step_is_needed() -> None:
-    """Each catches a mistake planted here or in test_planted."""
-    from tests.train.conformance import test_planted
+def test_every_check_is_needed() -> None:
+    """Each catches a mistake planted here or in the modules beside this one."""
+    from tests.train.conformance import test_planted, test_planted_sequences, test_planted_states
 
-    named = set().union(*PLANTED.values(), *test_planted.PLANTED.values())
-    from kdcli.train.conformance.suite import CHECKS
-
+    planted = (PLANTED, *(module.PLANTED for module in (test_planted, test_planted_sequences, test_planted_states)))
+    named = {check for mistakes in planted for checks in mistakes.values() for check in checks}
     assert {check.__name__ for check in CHECKS} == named
