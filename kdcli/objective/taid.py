@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import ClassVar, Unpack
 
 from torch import Tensor
 
@@ -23,6 +23,7 @@ class TAID(Divergence):
     """
 
     stops_gradient = True
+    falls: ClassVar[bool] = False  # p_t flees towards the teacher as fast as the student follows: the value may rise
 
     def __init__(self, *, t: float = 0.4, **settings: Unpack[DivergenceSettings]) -> None:
         super().__init__(**settings)

@@ -66,7 +66,7 @@ def test_has_a_closed_form_for_a_dense_and_for_a_top_k_teacher(name: str) -> Non
     one = candidate(next(path for path in CONFIGS if path.stem == name))
     at = case(one)
     assert by_closed_form(one.make(), at) is not None
-    assert by_closed_form(one.make(), at.sparse(5, 1.0)) is not None
+    assert by_closed_form(one.make(), at.sparse(5, getattr(one.example, "temperature", 1.0))) is not None
 
 
 @every_objective

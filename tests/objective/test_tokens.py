@@ -89,6 +89,24 @@ def test_taid_of_a_top_k_teacher_has_a_closed_form(missing: str) -> None:
         both(TAID(missing=missing), batch, z, stored(y, k))  # pyright: ignore[reportArgumentType]
 
 
+def test_following_taids_teacher_leads_to_the_teacher() -> None:
+    """Its own value may rise on the way, as here: p_t moves on with the student, and where it gets sharper more is at
+    stake. The distance from the teacher itself falls."""
+    batch, _, _ = chunk(20)
+    y = 4 * torch.randn(1, 20, 2000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z, values, distances = torch.zeros_like(y), [], []
+    for _ in range(60):
+        student, teacher = StudentOutput(logits=z), TeacherSignal(logits=y)
+        value, gradient = TAID().closed_form(batch, student, teacher) or (None, None)
+        assert value is not None and gradient is not None
+        values.append(value.mean().item())
+        distances.append(ForwardKL()(batch, student, teacher).mean().item())
+        z = z - gradient
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.5 * distances[0]
+    assert max(values) > 1.02 * values[0]
+
+
 def test_taid_reads_t_when_it_is_used() -> None:
     batch, y, z = chunk()
     moved = TAID(t=0.4)
