@@ -232,7 +232,7 @@ class TeacherSignal:
     logits: Tensor | None = None  # [1, C, V] float32, of the chunk at hand
     topk: TopK | None = None
     logprobs: Tensor | None = None  # [B, T] of the targets
-    hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] after the embedding, then each layer; the last is normed
+    hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] of embedding and layers; the last is normed
     attentions: tuple[Tensor, ...] | None = None  # per layer [B, H, T, T]
     relations: tuple[Relations, ...] | None = None  # per layer
     embedding: Tensor | None = None  # [V', D] of the input ids; with HIDDEN
@@ -255,7 +255,7 @@ class StudentOutput:
     logprobs: Tensor | None = None  # [B, T] float32 of the targets, 0 where not supervised: scope LOGPROBS
     hidden: Tensor | None = None  # [B, T, D] before the head: scope STATES, as all below
     head: Head | None = None
-    hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] after the embedding, then each layer; the last is normed
+    hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] of embedding and layers; the last is normed
     attentions: tuple[Tensor, ...] | None = None  # per layer [B, H, T, T]
     relations: tuple[Relations, ...] | None = None  # per layer
     embedding: Tensor | None = None  # [V', D] of the input ids
