@@ -126,6 +126,7 @@ class Ranked(Objective):
 
     unit = Unit.GROUP
     scope = Scope.LOGPROBS
+    columns = COLUMNS["pairs"]  # as composed without settings; an instance's follow `answers`
 
     def __init__(self, *, answers: Answers = "pairs", **settings: Unpack[Settings]) -> None:
         super().__init__(**settings)

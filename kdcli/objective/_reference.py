@@ -32,6 +32,8 @@ class Referenced(Ranked):
     if beta is not positive.
     """
 
+    needs = Need.REFERENCE
+
     def __init__(
         self,
         *,

@@ -27,6 +27,7 @@ class KTO(Referenced):
     """
 
     unit = Unit.SEQUENCE
+    columns = frozenset({"score"})
     stops_gradient = True
 
     def __init__(

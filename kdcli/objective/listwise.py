@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcli.api import Batch, Need, Settings, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Answers, Ranked, Ranking, answer_logprobs
+from kdcli.objective._preference import COLUMNS, Answers, Ranked, Ranking, answer_logprobs
 
 
 class Listwise(Ranked):
@@ -23,6 +23,8 @@ class Listwise(Ranked):
     count, with equal p.
     Raises ConfigError if a temperature is not positive.
     """
+
+    columns = COLUMNS["scores"]
 
     def __init__(
         self,

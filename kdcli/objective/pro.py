@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdcli.api import Batch, Settings, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Answers, Ranked, answer_logprobs
+from kdcli.objective._preference import COLUMNS, Answers, Ranked, answer_logprobs
 
 
 class PRO(Ranked):
@@ -22,6 +22,8 @@ class PRO(Ranked):
     preference pair has d = m = 1. Departs where scores are equal: such answers do not compete with each other, and in
     log space, without the code's 1e-10. Raises ConfigError for a negative weight.
     """
+
+    columns = COLUMNS["scores"]
 
     def __init__(
         self,

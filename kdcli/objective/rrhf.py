@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kdcli.api import Batch, Settings, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.objective._preference import Answers, Ranked, answer_logprobs
+from kdcli.objective._preference import COLUMNS, Answers, Ranked, answer_logprobs
 
 
 class RRHF(Ranked):
@@ -20,6 +20,8 @@ class RRHF(Ranked):
     log-probabilities, the official code takes their mean, as here; its lengths count padding, ours do not. Of several
     best answers the first is learned from. Raises ConfigError for a negative weight.
     """
+
+    columns = COLUMNS["scores"]
 
     def __init__(
         self,

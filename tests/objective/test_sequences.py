@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdcli.api import Batch, ModelShape, Need, Objective, Scope, StudentOutput, TeacherSignal, TopK, Unit
+from kdcli.config import cross
 from kdcli.errors import ConfigError
 from kdcli.objective.contrastive import Contrastive
 from kdcli.objective.distillm2 import DistiLLM2
@@ -34,6 +35,7 @@ from kdcli.objective.skew_kl import SkewKL
 from kdcli.objective.skew_reverse_kl import SkewReverseKL
 from kdcli.objective.slic import SLiC
 from kdcli.ops.logprob import discounted_sums, log1mexp, log_odds
+from kdcli.teacher.none import NoTeacher
 from kdcli.train.conformance import oracles_sequences as oracles
 from kdcli.train.distiller import Distiller
 from tests import toys
@@ -489,6 +491,8 @@ def test_columns_follow_what_is_compared() -> None:
     assert (KTO().columns, KTO(answers="pairs").columns) == (frozenset({"score"}), pairs)
     assert KTO(baseline="group").columns == scores, "other answers to the prompt are those of its group"
     assert DistiLLM2().columns == pairs
+    for kind in SETTINGS:
+        assert (kind.columns, kind.needs) == (kind().columns, kind().needs), "a class speaks for its defaults"
 
 
 @pytest.mark.parametrize("kind", [k for k in SETTINGS if k is not PolicyGradient], ids=lambda k: k.__name__)
@@ -513,6 +517,13 @@ def test_needs_follow_the_reference() -> None:
         Need.LOGPROBS,
         Need.NOTHING,
     ]
+
+
+def test_the_reference_is_no_teachers_to_provide_but_log_probabilities_are() -> None:
+    nothing: dict[str, Any] = {"teacher": NoTeacher()}
+    assert cross._needs({}, nothing | {"objective.it": DPO()}) == []
+    (problem,) = cross._needs({}, nothing | {"objective.it": DPO(reference="teacher")})
+    assert problem.startswith("objective.it: DPO needs the teacher's logprobs")
 
 
 # ------------------------------------------------------------------------------------- by hand
