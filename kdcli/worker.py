@@ -32,6 +32,7 @@ from kdcli.api import (
     Teacher,
 )
 from kdcli.config.build import build, build_schedules, build_terms, optimizer_factory, schedule_factory
+from kdcli.config.cross import share_ids
 from kdcli.errors import Interrupted, KDError
 from kdcli.launch import _lifeline
 from kdcli.store import atomic, failures, status
@@ -117,11 +118,14 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
     reporters = list(build_terms(config.get("report"), Reporter).values()) if engine.rank == 0 else []
     scheduler = build(config["domain_scheduler"], DomainScheduler)
 
-    tokenizer = student.load_tokenizer() or teacher.load_tokenizer()
+    tokenizer, other = student.load_tokenizer() or teacher.load_tokenizer(), teacher.load_tokenizer()
+    foreign = other is not None and not share_ids(other.get_vocab(), tokenizer.get_vocab())
+    across = foreign and any(objective.cross_tokenizer for objective in objectives.values())
     lengths = {key: batch[key] for key in ("max_length", "packing", "overflow")}
     fault("data.prepare", rank=engine.rank)
     columns = {column for objective in objectives.values() for column in objective.columns}
-    rows, counts = encode(build(config["data"], Data), tokenizer, columns=columns, **lengths)
+    data, teacher_tokenizer = build(config["data"], Data), other if across else None
+    rows, counts = encode(data, tokenizer, columns=columns, teacher_tokenizer=teacher_tokenizer, **lengths)
     log.info("data: %s", counts)
     if engine.rank == 0:
         atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])
@@ -140,7 +144,7 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
         weights=scheduler.initial(sizes),
     )
     schedules = Schedules(build_schedules(config["objective"]), objectives, steps=section["steps"], epoch=loader.epoch)
-    distiller = Distiller(student, teacher, objectives)
+    distiller = Distiller(student, teacher, objectives, foreign=foreign)
     engine.prepare(
         distiller,
         optimizer=optimizer_factory(config["optimizer"]),

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcli.config import scheduled
+from kdcli.config import demands, scheduled
 from kdcli.config.build import build
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
@@ -31,6 +31,7 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     if refused:
         return found
     found += _needs(config, objects) + _student(config) + _domains(objects)
+    found = found or _demands(config, objects)
     return found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects)
 
 
@@ -161,10 +162,13 @@ def _caught(action: Callable[[], Any], where: str, problems: list[str]) -> Any:
 
 
 def _needs(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
+    from kdcli.api import Need
+
     teacher = objects["teacher"]
+    given = teacher.provides | Need.REFERENCE  # the Distiller's: the student as it began
     problems = []
-    for where, objective in objects.items():
-        lacking = objective.needs & ~teacher.provides if where.startswith("objective.") else None
+    for where, objective in _objectives(objects).items():
+        lacking = objective.needs & ~given
         if lacking:
             words = " and ".join(str(flag.name).lower() for flag in lacking)
             problems.append(
@@ -181,7 +185,27 @@ def _way_out(lacking: Any, section: str, model: Any) -> str:
 
     if Need.ATTENTION in lacking and hasattr(model, "attention"):
         return "set teacher.attention=eager and student.attention=eager"
+    if Need.REWARD in lacking:
+        without = demands.alternatives(lambda objective: Need.REWARD not in objective.needs)
+        return f"choose an objective that does without, such as {demands.named(without)}"
     return f"set {section}=hf"
+
+
+def _objectives(objects: Mapping[str, Any]) -> dict[str, Any]:
+    """The terms by their place."""
+    return {where: item for where, item in objects.items() if where.startswith("objective.")}
+
+
+def _demands(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
+    """What objectives ask of the batch and of the rows of the data."""
+    from kdcli.api import Need
+
+    terms, data = _objectives(objects), objects.get("data")
+    problems = demands.of_batch(config, terms)
+    if data is not None:
+        source, given = str(config["data"].get("path", "data.domains")), objects["teacher"].provides | Need.REFERENCE
+        problems += _caught(lambda: demands.of_data(data, terms, source, given), "data", problems) or []
+    return problems
 
 
 def _fit(objects: Mapping[str, Any]) -> list[str]:
@@ -190,7 +214,7 @@ def _fit(objects: Mapping[str, Any]) -> list[str]:
 
     layers = Need.HIDDEN | Need.ATTENTION | Need.RELATIONS
     student, teacher = objects["student"], objects["teacher"]
-    terms = {where: item for where, item in objects.items() if where.startswith("objective.")}
+    terms = _objectives(objects)
     problems = []
     for where, objective in terms.items():
         lacking = objective.needs & layers & ~student.provides
@@ -257,7 +281,8 @@ def _hub_models(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
 
 
 def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
-    """Teacher and student must give every token the same id; padded rows of an embedding are not tokens."""
+    """Teacher and student give every token the same id, or only objectives for different tokenizers compare them;
+    padded rows of an embedding are not tokens."""
     teacher, student = config.get("teacher") or {}, config["student"]
     named = student.get("tokenizer") or student.get("path")
     if named is None or named == teacher.get("path") or "path" not in teacher:
@@ -267,18 +292,38 @@ def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
     b = _caught(objects["student"].load_tokenizer, "student", problems)
     if a is None or b is None:
         return problems
-    return problems + tokenizer_problems(a.get_vocab(), b.get_vocab())
+    terms = _objectives(objects)
+    unequal = tokenizer_problems(a.get_vocab(), b.get_vocab(), demands.of_tokenizers(terms))
+    if unequal and config["verb"] == "evaluate":
+        return [f"{unequal[0]}; to evaluate the student alone set teacher=none"]
+    if unequal and demands.of_tokenizers(terms):
+        return unequal
+    for where, objective in terms.items():
+        _caught(lambda objective=objective: objective.match(b, a), where, problems)
+    return problems
 
 
-def tokenizer_problems(teacher: Mapping[str, int], student: Mapping[str, int]) -> list[str]:
-    """Whether two maps from token to id agree, or one only goes on where the other ends."""
+def tokenizer_problems(
+    teacher: Mapping[str, int], student: Mapping[str, int], comparing: Sequence[str] = ()
+) -> list[str]:
+    """What is wrong where two maps from token to id do not agree. `comparing`: which terms need that they do."""
+    if share_ids(teacher, student):
+        return []
     small, large = sorted((teacher, student), key=len)
     other = sum(large.get(token) != index for token, index in small.items())
-    overlap = set(large.values()) - set(small.values())
-    if other == 0 and (not overlap or min(overlap) > max(small.values())):
-        return []
+    terms = f", but {', '.join(comparing)} compares them id by id" if comparing else ""
     return [
         f"student: its tokenizer is not the teacher's: {other:,} of {len(small):,} tokens have another id (the teacher "
-        f"has {len(teacher):,} tokens, the student {len(student):,}); choose a student with the teacher's tokenizer "
-        "(or student_init=keep_layers), because different vocabularies need a cross-tokenizer objective"
+        f"has {len(teacher):,} tokens, the student {len(student):,}){terms}; choose a student with the teacher's "
+        "tokenizer (or student_init=keep_layers), or a cross-tokenizer objective: "
+        f"objective={demands.cross_tokenizer_names()}"
     ]
+
+
+def share_ids(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether two maps from token to id agree, or one only goes on where the other ends."""
+    small, large = sorted((one, other), key=len)
+    if any(large.get(token) != index for token, index in small.items()):
+        return False
+    more = set(large.values()) - set(small.values())
+    return not more or min(more) > max(small.values())

@@ -55,6 +55,20 @@ BAD = {
         "student.attention: flash_attention_2 lets packed examples of a batch see each other",
     ),
     "needs": ((*TINY, "teacher=none"), "objective.kd: ForwardKL needs the teacher's distribution"),
+    "missing pairs": (
+        (*TINY, "objective@objective.kd=dpo", "batch.packing=false"),
+        "objective.kd: DPO needs rows with chosen and rejected, of which the data (recipes://data/mini/train) have "
+        "none; add some, or choose an objective that does without, such as adaptive_kl",
+    ),
+    "missing scores": (
+        (*TINY, "objective@objective.kd=kto", "batch.packing=false"),
+        "objective.kd: KTO needs rows with a score, of which the data",
+    ),
+    "missing groups": (
+        (*TINY, "objective@objective.kd=rrhf", "batch.packing=false"),
+        "objective.kd: RRHF needs several rows of one group, each with a score, of which the data",
+    ),
+    "packed pairs": ((*TINY, "objective@objective.kd=dpo"), "batch.packing: objective.kd (DPO) compares sequences"),
     "no objective": ((*TINY, "~objective@objective.kd"), "add objective@objective.kd=forward_kl"),
     "unknown domain": ((*TINY, "objective.kd.domains=[pyton]"), "the data have no domain pyton; did you mean python?"),
     "domain weights": (
