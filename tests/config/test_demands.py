@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from kdcli.api import Data, Example, Need, Objective, Unit
+from kdcli.command.compose import compose, hydra, plain
 from kdcli.config import cross, demands
+from kdcli.config.check import check
+from kdcli.data.jsonl import Jsonl
+from kdcli.errors import ConfigError
+from kdcli.store import paths
 
 
 class Asking(Objective):
@@ -159,10 +167,68 @@ def test_names_are_told_as_one_reads_them() -> None:
 
 
 def test_a_row_that_cannot_be_read_is_named_by_its_line(tmp_path: Any) -> None:
-    from kdcli.data.jsonl import Jsonl
-    from kdcli.errors import ConfigError
-
     file = tmp_path / "rows.jsonl"
     file.write_text(json.dumps({"prompt": "a", "response": "b"}) + "\n{\n")
     with pytest.raises(ConfigError, match=r"rows.jsonl:2: broken JSON"):
         demands.of_data(Jsonl(path=str(file)), {"objective.t": Asking("score")}, "rows.jsonl", Need.NOTHING)
+
+
+# ------------------------------------------------------------------------------------------------ whole configurations
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict[str, Any]:
+    with hydra() as app:
+        return plain(compose(app, "distill", ["+recipe=tiny", "batch.packing=false"]), "distill")
+
+
+def other_tokenizer(folder: Path, *, more: int = 0, swap: bool = False) -> str:
+    """The tiny teacher's tokenizer with ids that others do not have, or with two tokens swapped."""
+    shutil.copytree(paths.resolve("recipes://data/tiny_teacher"), folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    if swap:
+        a, b = list(vocabulary)[1000:1002]
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    size = 1 + max(vocabulary.values())
+    vocabulary |= {f"extra{number}": size + number for number in range(more)}
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def student_with(tiny: dict[str, Any], tokenizer: str, **objective: Any) -> dict[str, Any]:
+    config = copy.deepcopy(tiny)
+    config["student"]["tokenizer"] = tokenizer
+    config["objective"] = {"kd": {"_target_": "kdcli.objective.forward_kl.ForwardKL", **objective}}
+    return config
+
+
+def test_other_ids_need_an_objective_for_them(tiny: dict[str, Any], tmp_path: Path) -> None:
+    config = student_with(tiny, other_tokenizer(tmp_path / "other", swap=True))
+    with pytest.raises(ConfigError) as refused:
+        check(config)
+    assert "2 of 4,096 tokens have another id" in str(refused.value)
+    assert "objective.kd (ForwardKL) compares them id by id" in str(refused.value)
+    assert "a cross-tokenizer objective: objective=alm, dskd" in str(refused.value)
+    config["objective"]["kd"] = {"_target_": "kdcli.objective.uld.ULD"}
+    config["objective"]["ce"] = {"_target_": "kdcli.objective.cross_entropy.CrossEntropy"}
+    check(config)
+    config["objective"] = {"ce": config["objective"]["ce"]}
+    check(config)
+
+
+def test_an_evaluation_compares_no_other_ids(tmp_path: Path) -> None:
+    tokenizer = other_tokenizer(tmp_path / "other", swap=True)
+    with hydra() as app:
+        given = ["teacher=hf", "teacher.path=recipes://data/tiny_teacher", f"student.tokenizer={tokenizer}"]
+        given += ["student.path=recipes://data/tiny_teacher", "evaluation.heldout.data.path=recipes://data/mini/valid"]
+        config = plain(compose(app, "evaluate", given), "evaluate")
+    with pytest.raises(ConfigError, match="to evaluate the student alone set teacher=none"):
+        check(config)
+
+
+def test_a_longer_vocabulary_is_cut_or_refused_as_the_term_says(tiny: dict[str, Any], tmp_path: Path) -> None:
+    tokenizer = other_tokenizer(tmp_path / "longer", more=3)
+    check(student_with(tiny, tokenizer, vocabulary="shared"))
+    with pytest.raises(ConfigError, match=r"objective.kd: .*vocabulary is error, and the student has 4,099 ids"):
+        check(student_with(tiny, tokenizer, vocabulary="error"))
