@@ -19,22 +19,69 @@ WRONG = """
 
 
     class Reward(Divergence):
-        def __init__(self, *, reward: bool = True, factor: float = 0.5, **settings) -> None:
+        def __init__(self, *, sign: str = "minus", factor: float = 0.5, **settings) -> None:
             super().__init__(**settings)
-            self.factor = -factor if reward else factor
+            self.factor = -factor if sign == "minus" else factor
 
         def divergence(self, log_p: Tensor, log_q: Tensor) -> Tensor:
             return self.factor * (log_p.exp() * (log_p - log_q)).sum(-1)
 """
 
 
+PAIRS = """
+    from torch import Tensor
+    from torch.nn.functional import logsigmoid
+
+    from kdcli.api import Objective, Scope, Unit
+
+
+    class Margin(Objective):
+        unit = Unit.GROUP
+        scope = Scope.LOGPROBS
+        columns = frozenset({"rejected"})
+
+        def units(self, batch) -> Tensor:
+            return batch.groups().bincount() > 1
+
+        def forward(self, batch, student, teacher) -> Tensor:
+            answers = batch.sum_by_sequence(student.logprobs)
+            signs = 1.0 - 2.0 * batch.rejected
+            return -logsigmoid(answers.new_zeros(len(self.units(batch))).index_add(0, batch.groups(), signs * answers))
+"""
+LAYERS = """
+    from torch import Tensor
+
+    from kdcli.api import Need, Objective, Scope
+    from kdcli.errors import ConfigError
+
+
+    class Norms(Objective):
+        needs = Need.HIDDEN
+        scope = Scope.STATES
+        zero_at_teacher = True
+
+        def __init__(self, *, layer: int = 1, **settings) -> None:
+            super().__init__(**settings)
+            self.layer = layer
+
+        def fit(self, student, teacher) -> None:
+            if self.layer > min(student.layers, teacher.layers):
+                raise ConfigError(f"Norms: there is no layer {self.layer}; the student has {student.layers}")
+
+        def forward(self, batch, student, teacher) -> Tensor:
+            ours, theirs = (one.hidden_states[self.layer].float() for one in (student, teacher))
+            return (ours.square().mean(-1) - theirs.square().mean(-1)).square()
+"""
+
+
 @pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of the user's with a loss whose sign is wrong."""
+    """A package of the user's, with a loss whose sign is wrong, one of pairs and one of layers."""
     package = tmp_path / "losses_of_mine"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "wrong.py").write_text(textwrap.dedent(WRONG))
+    for name, source in (("wrong", WRONG), ("pairs", PAIRS), ("layers", LAYERS)):
+        (package / f"{name}.py").write_text(textwrap.dedent(source))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("KDCLI_PLUGINS", "losses_of_mine")
     return "losses_of_mine.wrong.Reward"
@@ -44,7 +91,8 @@ def test_one_objective_shows_every_check(capsys: pytest.CaptureFixture[str]) -> 
     assert main(["verify", "objective=skew_kl"]) == 0
     output = capsys.readouterr().out
     assert all(check.__name__ in output for check in CHECKS)
-    assert f"{len(CHECKS)} checks of 1 objective in" in output
+    assert "- packing_is_padding: it sees one target at a time" in output
+    assert f"{len(CHECKS) - 2} checks of 1 objective in" in output
     assert output.rstrip().endswith("all passed")
 
 
@@ -81,8 +129,22 @@ def test_an_objective_of_ones_own_is_checked_and_fails_with_exit_code_1(
     assert json.loads(capsys.readouterr().out)["passed"] is False
 
 
+@pytest.mark.parametrize("name", ["pairs.Margin", "layers.Norms"])
+def test_a_loss_of_ones_own_gets_the_suite_whatever_it_sees(
+    name: str, plugin: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", f"objective={plugin.split('.')[0]}.{name}", "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["objectives"]
+    assert sum(check["result"] == "passed" for check in one["checks"]) >= 22
+
+
+def test_what_fit_refuses_is_the_users_mistake(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", f"objective={plugin.split('.')[0]}.layers.Norms", "objective.layer=7"]) == 2
+    assert "there is no layer 7; the student has 2" in capsys.readouterr().err
+
+
 def test_settings_change_what_is_measured(plugin: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", f"objective={plugin}", "objective.reward=false", "objective.factor=5e-1"]) == 0
+    assert main(["verify", f"objective={plugin}", "objective.sign=plus", "objective.factor=5e-1"]) == 0
     capsys.readouterr()
 
 
@@ -91,7 +153,7 @@ def test_an_option_in_a_folder_of_ones_own_is_found(
 ) -> None:
     folder = tmp_path / "conf/objective"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text(f"# Mine\n_target_: {plugin}\nreward: false\n")
+    (folder / "mine.yaml").write_text(f"# Mine\n_target_: {plugin}\nsign: plus\n")
     assert main(["verify", "objective=mine", "--config-dir", str(tmp_path / "conf")]) == 0
     assert "mine" in capsys.readouterr().out
 
@@ -124,7 +186,7 @@ def test_without_a_name_every_option_is_verified(
 ) -> None:
     from kdcli.train.conformance import suite, values
 
-    monkeypatch.setattr(suite, "CHECKS", (values.one_number_per_target,))
+    monkeypatch.setattr(suite, "CHECKS", (values.one_number_per_unit,))
     assert main(["verify", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["objectives"]
     assert [one["objective"] for one in found] == list(options("objective"))

@@ -13,10 +13,10 @@ from kdcli.train.conformance import records
 from kdcli.train.conformance.arithmetic import Detached, float64
 from kdcli.train.conformance.candidate import Candidate, Measure, NotApplicable, distance
 from kdcli.train.conformance.case import Case, case, fitted, selected
-from kdcli.train.conformance.evaluate import apart, by_autograd, by_closed_form, takes_top_k
+from kdcli.train.conformance.evaluate import Leaves, apart, by_autograd, by_closed_form, takes_top_k
 
 STEP = 1e-5
-DIRECTIONS = 3  # random ones, of each tensor: a wrong entry shows in all
+DIRECTIONS = 3  # random ones, of each tensor: a wrong entry shows in each
 
 
 def finite_differences(candidate: Candidate) -> Measure:
@@ -30,14 +30,10 @@ def finite_differences(candidate: Candidate) -> Measure:
         if objective.scope is Scope.CHUNK:
             error = max(error, distance(gradients.pop("logits"), slope.of_logits()))
         generator = torch.Generator().manual_seed(1)
-        for path, gradient in gradients.items():
-            for _ in range(DIRECTIONS):
-                direction = torch.randn(gradient.shape, generator=generator, dtype=torch.float64)
-                if path == "logprobs":
-                    direction *= at.batch.mask  # elsewhere they are 0, and nothing flows back
-                if path.startswith("attentions"):
-                    direction *= at.leaves()[path]  # a step must be small beside a probability
-                error = max(error, distance((gradient * direction).sum(), slope.along({path: direction}).sum()))
+        for paths in _together(gradients, once=bool(changes)):
+            direction = {path: _direction(at, path, gradients[path], generator) for path in paths}
+            expected = torch.stack([(gradients[path] * move).sum() for path, move in direction.items()]).sum()
+            error = max(error, distance(expected, slope.along(direction).sum()))
     return Measure(error, 1e-6)  # a step of 1e-5: its square, and float64's resolution over it
 
 
@@ -58,6 +54,22 @@ def closed_form_is_autograd(candidate: Candidate) -> Measure:
     if not found:
         raise NotApplicable("it has no closed form")
     return Measure(error, 1e-9)
+
+
+def _together(gradients: Leaves, once: bool) -> list[list[str]]:
+    """Which tensors to move at a time: each by itself, several times or once, and those without a gradient at once."""
+    still = [path for path, gradient in gradients.items() if not gradient.any()]
+    moving = [[path] for path in gradients if path not in still]
+    return moving * (1 if once else DIRECTIONS) + ([still] if still else [])
+
+
+def _direction(at: Case, path: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    direction = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    if path == "logprobs":
+        return direction * at.batch.mask  # elsewhere they are 0, and nothing flows back
+    if path.startswith("attentions"):
+        return direction * at.leaves()[path]  # a step must be small beside a probability
+    return direction
 
 
 class _Slope:

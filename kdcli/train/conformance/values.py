@@ -74,7 +74,7 @@ def packing_is_padding(candidate: Candidate) -> Measure:
 def equals_oracle(candidate: Candidate) -> Measure:
     """the formula, written a second time in float64 numpy, at several settings and from small to extreme numbers"""
     error = 0.0
-    for changes, spread in itertools.product(candidate.variants(), (0.5, 2.0, 30.0, 1e4)):
+    for changes, spread in _settings_and_spreads(candidate, 2.0, 0.5, 30.0, 1e4):
         for at in _kinds(candidate, changes, spread) if spread == 2.0 else [case(candidate, changes, spread=spread)]:
             objective = fitted(candidate, at, **changes)
             expected = by_oracle(candidate, objective, at, changes)
@@ -204,7 +204,7 @@ def saturated_inputs(candidate: Candidate) -> Measure:
     """finite in float32, value and gradient, where probabilities are below its smallest number, and as good as inputs
     rounded to float32 allow"""
     error = 0.0
-    for spread, changes in itertools.product((30.0, 200.0, 1e4), list(candidate.variants())):
+    for changes, spread in _settings_and_spreads(candidate, 200.0, 30.0, 1e4):
         at = case(candidate, changes, spread=spread).to(torch.float32)
         wide = at.to(torch.float64)
         objective = fitted(candidate, wide, **changes)
@@ -309,7 +309,7 @@ def weight_and_domains_are_left_alone(candidate: Candidate) -> Measure:
     """weight, domains and reduction are kept for the Distiller and not applied here"""
     at = case(candidate)
     given: dict[str, Any] = {"weight": 0.25, "domains": ["default"]}
-    if "reduction" in candidate.settings:
+    if candidate.example.unit is Unit.TOKEN and "reduction" in candidate.settings:
         given["reduction"] = "sequence"
     objective = fitted(candidate, at, **given)
     kept = objective.weight == 0.25 and tuple(objective.domains) == ("default",)
@@ -353,20 +353,30 @@ def state_is_restored(candidate: Candidate) -> Measure:
 
 
 def _kinds(candidate: Candidate, changes: Mapping[str, Any] | None = None, spread: float = 2.0) -> Iterator[Case]:
-    """The usual case, and other data that the objective may meet: no other tokenizer, and scored groups in place of
-    pairs."""
+    """The usual case, and other data that the objective may meet: no other tokenizer, text that no policy wrote, and
+    scored groups in place of pairs."""
     objective = candidate.make(**(changes or {}))
     yield case(candidate, changes, spread=spread)
     if objective.scope is Scope.CHUNK:
         return
     if objective.cross_tokenizer:
         yield case(candidate, changes, foreign=False)
+    if objective.scope is Scope.LOGPROBS:
+        at = case(candidate, changes)
+        yield replace(at, batch=replace(at.batch, old_logprobs=None))
     if objective.columns & {"rejected", "score", "group"}:
         for columns in ({"rejected"}, {"score", "group"}):
             if columns != objective.columns:
                 at = case(candidate, changes, columns=columns | objective.columns)
                 if selected(objective, at).any():
                     yield at
+
+
+def _settings_and_spreads(candidate: Candidate, *spreads: float) -> Iterator[tuple[dict[str, Any], float]]:
+    """Every variant with every spread; of a whole micro-batch, which costs more, a changed setting with the first."""
+    for changes in candidate.variants():
+        few = bool(changes) and candidate.example.scope is not Scope.CHUNK
+        yield from ((changes, spread) for spread in (spreads[:1] if few else spreads))
 
 
 def _parts(at: Case) -> Iterator[Case]:
