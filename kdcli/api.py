@@ -505,6 +505,7 @@ class Subject(Protocol):
     tokenizer: Any
     rank: int
     world_size: int
+    folder: Path  # the run's, for what an evaluation writes from rank 0
 
     def score(self, batch: Batch) -> Scores: ...
 

@@ -184,7 +184,7 @@ def _evaluate(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) ->
         )
         distiller.eval()
         metrics: dict[str, float] = {}
-        scorer = Scorer(engine, student.tokenizer, interrupt)
+        scorer = Scorer(engine, student.tokenizer, interrupt, run_dir)
         for name, evaluator in evaluations.items():
             metrics |= {f"eval/{name}/{key}": value for key, value in evaluator(scorer, 0).items()}
     if engine.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,8 +24,9 @@ class StopScoring(Exception):
 class Scorer(Subject):
     """Scores on the CPU. Between two calls all ranks may agree to stop: StopScoring."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, interrupt: Interrupt) -> None:
+    def __init__(self, engine: Engine, tokenizer: Any, interrupt: Interrupt, folder: Path = Path()) -> None:
         self.engine = engine
+        self.folder = folder
         self.tokenizer = tokenizer
         self.rank, self.world_size = engine.rank, engine.world_size
         self.interrupt = interrupt
