@@ -26,7 +26,8 @@ from kdcli.api import (
 from kdcli.ops import divergence
 from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, rows_at_once, target_logprobs
 from kdcli.ops.head import Head
-from kdcli.train.shares import counts_of, share_of
+from kdcli.train.shares import counts_of, sequences_of, share_of
+from kdcli.train.tally import Tally
 
 LAYERS = Need.HIDDEN | Need.ATTENTION | Need.RELATIONS  # what is asked of the student's layers too
 
@@ -85,12 +86,14 @@ class Distiller(nn.Module):
         counts = {name: counts_of(batch, term) for name, term in self.terms.items()}
         return counts | {"tokens": float(batch.mask.sum())}
 
-    def forward(self, batch: Batch, counts: Mapping[str, float] | None = None, mode: str = "train") -> Any:
+    def forward(
+        self, batch: Batch, counts: Mapping[str, float] | None = None, mode: str = "train", teacher: bool = True
+    ) -> Any:
         """`train`: (loss (), {metric: this micro-batch's share of the step's mean}), given the step's global
-        `counts`. `score`: Scores, without gradients."""
+        `counts`. `score`: Scores, without gradients, and of the student alone unless `teacher`."""
         if mode == "score":
             with torch.no_grad():
-                return self._score(batch)
+                return self._score(batch, teacher)
         assert counts is not None, "training needs the step's global counts"
         return self._train(batch, counts)
 
@@ -99,8 +102,8 @@ class Distiller(nn.Module):
         states = self.student.states(batch, self.needs & LAYERS)
         chunked = {name: term for name, term in self.terms.items() if term.scope is Scope.CHUNK}
         whole = {name: term for name, term in self.terms.items() if term.scope is not Scope.CHUNK}
+        tally = Tally(batch, self.terms)
         loss = _ChunkTerms(chunked, batch, signal, counts, self._shared(batch, signal))
-        metrics: dict[str, float] = {}
 
         def run(head: Head, embedding: Tensor | None, states: StudentOutput) -> Tensor:
             assert states.hidden is not None, "a student gives its last hidden states"
@@ -111,16 +114,15 @@ class Distiller(nn.Module):
             if whole:
                 student = _seen(whole, batch, states, head, embedding, size)
                 for name, term in whole.items():
-                    mean = _mean(term, counts[name], batch, student, signal)
-                    metrics[f"loss/{name}"] = float(mean.detach())
-                    total = total + term.weight * mean
+                    values, shares, sequences = _units(term, counts[name], batch, student, signal)
+                    tally.add(name, values, shares, sequences)
+                    total = total + term.weight * (values * shares).sum()
             return total
 
         total = self.gathered_head(run, states, *_tensors(states))
-        told = loss.metrics() | metrics
-        return total, {name: told[name] for name in map("loss/{}".format, self.terms)} | {
-            "loss/total": float(total.detach())
-        }
+        for name in chunked:
+            tally.add(name, loss.values[name], loss.share[name], loss.batch.segment[0])
+        return total, tally.metrics() | {"loss/total": float(total.detach())}
 
     def _annotated(self, batch: Batch) -> TeacherSignal:
         """The teacher's signal, with the reference's log-probabilities where a term needs them."""
@@ -134,8 +136,8 @@ class Distiller(nn.Module):
             values = target_logprobs(hidden, head, batch.targets[batch.mask], size)
         return replace(signal, reference_logprobs=_spread(values, batch.mask))
 
-    def _score(self, batch: Batch) -> Scores:
-        dense = bool(self.teacher.provides & Need.DISTRIBUTION) and not self.foreign
+    def _score(self, batch: Batch, with_teacher: bool) -> Scores:
+        dense = with_teacher and bool(self.teacher.provides & Need.DISTRIBUTION) and not self.foreign
         signal = self.teacher.annotate(batch, Need.DISTRIBUTION) if dense else TeacherSignal()
         hidden = self.student(batch)[batch.mask]
         gathered, teacher = _gather(batch), _gather_signal(signal, batch.mask)
@@ -252,13 +254,16 @@ def _seen(
     return replace(states, head=cast, embedding=embedding, logprobs=logprobs)
 
 
-def _mean(term: Objective, count: float, batch: Batch, student: StudentOutput, signal: TeacherSignal) -> Tensor:
-    """The share of a term of scope LOGPROBS or STATES in the step's mean, ()."""
+def _units(
+    term: Objective, count: float, batch: Batch, student: StudentOutput, signal: TeacherSignal
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a term of scope LOGPROBS or STATES the values that count, their shares in the step's mean, and which sequence
+    each is of, [U] each."""
     with torch.autocast(batch.mask.device.type, enabled=False):
         values = term.forward(batch, student, signal)
     share = share_of(batch, term, count)
     kept = share > 0  # elsewhere a value may be anything, so it is left out and not multiplied by zero
-    return (values[kept] * share[kept]).sum()
+    return values[kept], share[kept], sequences_of(batch, term)[kept]
 
 
 class _ChunkTerms:
@@ -284,7 +289,7 @@ class _ChunkTerms:
         self.signal = _gather_signal(signal, batch.mask)
         # [N] what one target's value adds to the step's mean
         self.share = {name: share_of(batch, term, counts[name])[batch.mask] for name, term in terms.items()}
-        self.sums = torch.zeros(len(terms), device=batch.mask.device)
+        self.values = {name: torch.zeros_like(share) for name, share in self.share.items()}  # [N]
         self.parameters = tuple(p for term in terms.values() for p in term.parameters() if p.requires_grad)
 
     def __call__(self, logits: Tensor, window: slice) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -309,7 +314,7 @@ class _ChunkTerms:
         batch = _window_batch(self.batch, window)
         student = StudentOutput(logits=logits[None])
         total, d_logits = logits.new_zeros(()), None
-        for index, (name, term) in enumerate(self.terms.items()):
+        for name, term in self.terms.items():
             share = self.share[name][window]  # [C]
             coefficient = share * (term.weight * self.unit_scale)
             closed = term.closed_form(batch, student, teacher)
@@ -321,12 +326,9 @@ class _ChunkTerms:
                     buffer += part
             d_logits = gradient if d_logits is None else d_logits.add_(gradient)
             total += (coefficient * value).sum()
-            self.sums[index] += (share * value).sum()
+            self.values[name][window] = value
         assert d_logits is not None, "at least one objective"
         return total, d_logits
-
-    def metrics(self) -> dict[str, float]:
-        return {f"loss/{name}": value for name, value in zip(self.terms, self.sums.tolist(), strict=True)}
 
 
 def _autograd(

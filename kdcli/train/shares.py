@@ -19,16 +19,19 @@ def counts_of(batch: Batch, term: Objective) -> float:
 def share_of(batch: Batch, term: Objective, count: float) -> Tensor:
     """What each unit's value adds to the step's mean, given the step's global `count`: [B, T], [E] or [G]; 0 where it
     is none of the term's units."""
-    selected = _selected(batch, term)
-    if term.unit is Unit.GROUP:
-        weight = batch.weight[_first_of_groups(batch)]
-    elif term.unit is Unit.SEQUENCE:
-        weight = batch.weight
-    else:
-        weight = batch.weight[batch.segment.clamp(min=0)]
-        if term.reduction == "sequence":
-            weight = weight / _targets(batch, selected).clamp(min=1)[batch.segment.clamp(min=0)]
+    selected, sequences = _selected(batch, term), sequences_of(batch, term)
+    weight = batch.weight[sequences]
+    if term.unit is Unit.TOKEN and term.reduction == "sequence":
+        weight = weight / _targets(batch, selected).clamp(min=1)[sequences]
     return torch.where(selected, weight / max(1.0, count), 0.0)
+
+
+def sequences_of(batch: Batch, term: Objective) -> Tensor:
+    """Which sequence (0..E-1) each unit is of, a group's first: [B, T] (any where there is none), [E] or [G]."""
+    if term.unit is Unit.TOKEN:
+        return batch.segment.clamp(min=0)
+    everyone = torch.arange(batch.num_sequences, device=batch.segment.device)
+    return everyone if term.unit is Unit.SEQUENCE else _first_of_groups(batch)
 
 
 def _selected(batch: Batch, term: Objective) -> Tensor:
