@@ -31,6 +31,7 @@ class Contrastive(Ranked):
     """
 
     scope = Scope.STATES
+    reads_prompt = True  # states of positions that no target is supervised at
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from kdcli.errors import ConfigError
 
 Oracle = Callable[..., Any]  # of scope CHUNK: (y [V], z [V], target, **settings) -> nats; else see `plain`
 ORACLES = ("oracles", "oracles_tokens", "oracles_features", "oracles_cross", "oracles_sequences")
+EXACT = 1e-9  # float64 through a few hundred operations
 SMALL = ModelShape(layers=2, width=8, heads=2, kv_heads=1, head_width=4, vocab_size=17)  # the suite's student
 LARGE = ModelShape(layers=4, width=16, heads=4, kv_heads=2, head_width=4, vocab_size=17)  # and its teacher
 SHARED = ("weight", "domains", "reduction", "vocabulary")  # settings that are not the formula's
@@ -83,7 +84,7 @@ class Candidate:
         return SMALL, LARGE
 
     def claims(self, what: str) -> bool:
-        """Whether the objective says this of itself: zero_at_teacher, f_divergence or stops_gradient."""
+        """Whether the objective says this of itself; the package's docstring has all that it may say."""
         return bool(getattr(self.example, what, False))
 
     def require(self, what: str, otherwise: str) -> None:

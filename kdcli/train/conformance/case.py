@@ -5,7 +5,6 @@ Letters: N targets, V vocabulary, V' a foreign teacher's, D and D' widths of stu
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,19 +17,17 @@ from kdcli.api import (
     ModelShape,
     Need,
     Objective,
-    Relations,
     Scope,
     StudentOutput,
     TeacherSignal,
     TopK,
     Unit,
 )
-from kdcli.ops.head import Head
 from kdcli.train.conformance import batches, records
 from kdcli.train.conformance.batches import FOREIGN_VOCAB, STUDENT, TEACHER, VOCAB, ToyTokenizer
 from kdcli.train.conformance.candidate import LARGE, SMALL, Candidate
+from kdcli.train.conformance.draw import DENSE, Draw, at_targets
 
-DENSE = Need.DISTRIBUTION | Need.LOGITS
 CHUNK_VOCAB = 19
 
 
@@ -207,7 +204,7 @@ def whole(
     given = objective.columns if columns is None else columns
     batch = batches.batch(rows, seed=seed, columns=given, foreign=foreign, identical=same)
     batch.old_logprobs = None if batch.old_logprobs is None else batch.old_logprobs.double()
-    draw = _Draw(seed, spread)
+    draw = Draw(seed, spread)
     student = StudentOutput()
     if objective.scope is Scope.LOGPROBS:
         student.logprobs = draw.logprobs(batch.mask)
@@ -237,7 +234,7 @@ def selected(objective: Objective, at: Case) -> Tensor:
     return units & supervised
 
 
-def _signal(objective: Objective, batch: Batch, shape: ModelShape, draw: _Draw) -> TeacherSignal:
+def _signal(objective: Objective, batch: Batch, shape: ModelShape, draw: Draw) -> TeacherSignal:
     needs, view = objective.needs, batch.teacher
     signal = TeacherSignal()
     if needs & (DENSE | Need.HIDDEN):
@@ -257,9 +254,7 @@ def _signal(objective: Objective, batch: Batch, shape: ModelShape, draw: _Draw) 
     return signal
 
 
-def _at_own_positions(
-    signal: TeacherSignal, batch: Batch, shape: ModelShape, needs: Need, draw: _Draw
-) -> TeacherSignal:
+def _at_own_positions(signal: TeacherSignal, batch: Batch, shape: ModelShape, needs: Need, draw: Draw) -> TeacherSignal:
     """A foreign teacher's: at its own positions, and of those at the student's."""
     view = batch.teacher
     assert view is not None, "a foreign teacher has its own view"
@@ -275,67 +270,6 @@ def _at_own_positions(
     if Need.LOGPROBS in needs:
         signal.own_logprobs = draw.logprobs(view.mask)
     return signal
-
-
-def at_targets(values: Tensor, position: Tensor) -> Tensor:
-    """[B, T', D] at the teacher's positions -> [B, T, D] at the student's, 0 where it has none."""
-    index = position.clamp(min=0).unsqueeze(-1).expand(-1, -1, values.shape[-1])
-    return values.gather(1, index) * (position >= 0).unsqueeze(-1)
-
-
-class _Draw:
-    """Random float64 numbers of one standard deviation, in order. What a head or an embedding holds stays moderate
-    where that is large, as in models: logits are large because of the head's weights."""
-
-    def __init__(self, seed: int, spread: float) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-        self.spread = spread
-        self.moderate = min(spread, 2.0) / spread
-
-    def __call__(self, *shape: int) -> Tensor:
-        return self.spread * torch.randn(*shape, generator=self.generator, dtype=torch.float64)
-
-    def logprobs(self, mask: Tensor) -> Tensor:
-        """Of targets, [B, T]: those that a softmax over V gives, 0 where there is none."""
-        return torch.log_softmax(self(*mask.shape, VOCAB), -1)[..., 0] * mask
-
-    def hidden(self, shape: ModelShape, segment: Tensor) -> Tensor:
-        return self(*segment.shape, shape.width) * (segment >= 0).unsqueeze(-1)
-
-    def last(self, shape: ModelShape, segment: Tensor) -> Tensor:
-        return self.hidden(shape, segment) * self.moderate
-
-    def head(self, shape: ModelShape) -> Head:
-        """With a bias and three rows that are no tokens; logits of `last` have the spread."""
-        scale = 1 / (self.moderate * self.spread * math.sqrt(shape.width))
-        rows = shape.vocab_size + 3
-        return Head(weight=self(rows, shape.width) * scale, bias=0.3 * self(rows), vocab_size=shape.vocab_size)
-
-    def layers(self, shape: ModelShape, segment: Tensor, needs: Need) -> dict[str, Any]:
-        known: dict[str, Any] = {}
-        if Need.HIDDEN in needs:
-            known["hidden_states"] = tuple(self.hidden(shape, segment) for _ in range(shape.layers + 1))
-            known["embedding"] = self(shape.vocab_size + 3, shape.width) * self.moderate
-        if Need.ATTENTION in needs:
-            known["attentions"] = tuple(self.attention(shape, segment) for _ in range(shape.layers))
-        if Need.RELATIONS in needs:
-            known["relations"] = tuple(self.relations(shape, segment) for _ in range(shape.layers))
-        return known
-
-    def attention(self, shape: ModelShape, segment: Tensor) -> Tensor:
-        """[B, H, T, T]: rows sum to one over what is before them in the sequence; 0 elsewhere."""
-        size = segment.shape[1]
-        before = torch.tril(torch.ones(size, size, dtype=torch.bool))
-        seen = before & (segment.unsqueeze(1) == segment.unsqueeze(2)) & (segment >= 0).unsqueeze(2)
-        scores = self(len(segment), shape.heads, size, size).masked_fill(~seen.unsqueeze(1), -math.inf)
-        return torch.softmax(scores, -1).nan_to_num(nan=0.0)
-
-    def relations(self, shape: ModelShape, segment: Tensor) -> Relations:
-        heads = {"queries": shape.heads, "keys": shape.kv_heads, "values": shape.kv_heads}
-        real = (segment >= 0)[..., None, None]
-        return Relations(
-            **{name: self(*segment.shape, count, shape.head_width) * real for name, count in heads.items()}
-        )
 
 
 def _target_logprobs(y: Tensor, targets: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from kdcli.ops.head import Head
 from kdcli.train.conformance import batches
 from kdcli.train.conformance.batches import FOREIGN_VOCAB, STUDENT, TEACHER, VOCAB
 from kdcli.train.conformance.candidate import LARGE, SMALL, Candidate, distance
-from kdcli.train.conformance.case import DENSE, at_targets
+from kdcli.train.conformance.draw import DENSE, at_targets
 from kdcli.train.distiller import Distiller
 
 PADDING = 3  # rows of the embeddings that are no tokens

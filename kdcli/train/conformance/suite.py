@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kdcli.train.conformance import gradients, processes, steps, values
+from kdcli.train.conformance import gradients, logits, processes, settings, steps, values
 from kdcli.train.conformance.candidate import Candidate, Measure, NotApplicable
 
 Check = Callable[[Candidate], Measure]
@@ -22,20 +22,20 @@ CHECKS: tuple[Check, ...] = (
     values.positive_elsewhere,
     gradients.finite_differences,
     gradients.closed_form_is_autograd,
-    values.vocabulary_order,
-    values.logit_offset,
-    values.temperature_divides_both_logits,
-    values.t2_scales_value_and_gradient,
+    logits.vocabulary_order,
+    logits.logit_offset,
+    logits.temperature_divides_both_logits,
+    logits.t2_scales_value_and_gradient,
     values.padding_holds_anything,
     values.saturated_inputs,
     values.float32,
-    values.sparse_teacher,
-    values.top_k_bound,
-    values.continuous_in_settings,
-    values.settings_are_read_at_use,
-    values.weight_and_domains_are_left_alone,
-    values.inputs_stay_as_they_are,
-    values.state_is_restored,
+    logits.sparse_teacher,
+    logits.top_k_bound,
+    settings.continuous_in_settings,
+    settings.settings_are_read_at_use,
+    settings.weight_and_domains_are_left_alone,
+    settings.inputs_stay_as_they_are,
+    settings.state_is_restored,
     steps.chunks_do_not_matter,
     steps.chunked_is_dense,
     steps.reductions_are_dense_means,
