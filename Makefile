@@ -15,7 +15,7 @@ INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-gpu bench clean
+.PHONY: help quickstart test check test-gpu bench docs clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -37,7 +37,10 @@ test-gpu: $(STAMP)    ## tests that need one GPU
 
 bench: $(STAMP)       ## cost of distillation against plain fine-tuning, as ratios
 	@$(PIP) -e '.[bench]'
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.loss
+
+docs: $(STAMP)        ## the tables of docs/objectives.md, from the code
+	$(BIN)/python docs/objectives.py
 
 clean:           ## remove the virtual environment, caches and build products (never runs/)
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis

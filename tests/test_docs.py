@@ -42,6 +42,15 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path: Path) -> None:
     assert written.shape[-1] > 4
 
 
+def test_the_tables_of_objectives_are_what_the_code_says() -> None:
+    from docs.objectives import PAGE, page
+
+    text = PAGE.read_text("utf-8")
+    assert page(text) == text, "docs/objectives.md is old: make docs"
+    options = {file.stem for file in (ROOT / "configs/objective").glob("*.yaml")}
+    assert set(re.findall(r"^\| \[(\w+)\]", text, re.MULTILINE)) == options
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_to_files_of_the_project_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text("utf-8"))
