@@ -1,4 +1,4 @@
-"""Exact counters: FLOPs, live tensor bytes at their peak, the largest tensor made; and CPU seconds."""
+"""Exact counters: FLOPs, live tensor bytes at their peak, the largest tensor made; and seconds of a CPU or a GPU."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
@@ -23,22 +25,42 @@ class Cost:
     largest: int  # elements of the largest tensor made
 
 
-def exact(step: Callable[[], Any]) -> Cost:
-    """Run `step` once and count. The same numbers every time, whatever else the machine does."""
+def exact(step: Callable[[], Any], device: torch.device = CPU) -> Cost:
+    """Run `step` once and count. The same numbers every time, whatever else the machine does.
+
+    On a GPU the peak is the allocator's, which counts what kernels take for themselves too.
+    """
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops})
     tracker = _Tracker()
+    before = _reset_peak(device)
     with ExitStack() as stack:
         stack.enter_context(tracker)
         stack.enter_context(counter)
         step()
-    return Cost(flops=counter.get_total_flops(), peak_bytes=tracker.peak, largest=tracker.largest)
+    peak = torch.cuda.max_memory_allocated(device) - before if device.type == "cuda" else tracker.peak
+    return Cost(flops=counter.get_total_flops(), peak_bytes=peak, largest=tracker.largest)
 
 
-def cpu_seconds(step: Callable[[], Any]) -> float:
-    """CPU seconds of one call (process time: what other processes do does not count)."""
-    start = time.process_time()
+def seconds(step: Callable[[], Any], device: torch.device = CPU) -> float:
+    """CPU seconds of one call (process time: what other processes do does not count), or seconds of the GPU."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1000
+    began = time.process_time()
     step()
-    return time.process_time() - start
+    return time.process_time() - began
+
+
+def _reset_peak(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _addmm_flops(self_shape: Any, a_shape: Any, b_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
