@@ -58,24 +58,16 @@ class Outcome:
     problem: str | None = None
 
 
-def outcomes(
-    examples: Iterable[Example],
-    tokenizer: Any,
-    settings: Settings,
-    workers: int = 1,
-    teacher_tokenizer: Any = None,
-) -> Iterator[Outcome]:
-    """The outcome of each example, in order."""
+def outcomes(examples: Iterable[Example], worker: Worker, workers: int = 1) -> Iterator[Outcome]:
+    """The outcome of each example, in order: `worker`'s own, or that of several processes like it."""
     blocks = _blocks(examples)
-    given = (tokenizer, settings, teacher_tokenizer)
     if workers == 1:
-        worker = Worker(*given)
         for block in blocks:
             yield from worker(block)
         return
     # Spawned, because a fork of a process with threads (torch, tokenizers) may hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start, given) as pool:
+    with ProcessPoolExecutor(workers, context, _start, worker.given) as pool:
         running: deque[Future[list[Outcome]]] = deque(pool.submit(_run, block) for block in islice(blocks, 4 * workers))
         while running:
             yield from running.popleft().result()
@@ -89,6 +81,7 @@ class Worker:
     """Templates and codecs, ready for blocks of examples."""
 
     def __init__(self, tokenizer: Any, settings: Settings, teacher_tokenizer: Any = None) -> None:
+        self.given = (tokenizer, settings, teacher_tokenizer)
         self.foreign = teacher_tokenizer is not None
         self.template = Template(tokenizer, settings.chat_template)
         self.codec = Codec(tokenizer, edges=self.foreign)

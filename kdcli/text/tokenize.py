@@ -19,7 +19,7 @@ from kdcli.errors import ConfigError, DataError
 from kdcli.store import paths
 from kdcli.store.tokens import Segments, SegmentWriter, TokenRows
 from kdcli.text._cache import bundling_plan, locked, new_folder, packing_plan, read_report, write_report
-from kdcli.text._workers import Outcome, Settings, outcomes
+from kdcli.text._workers import Outcome, Settings, Worker, outcomes
 from kdcli.text.counts import Counts, EncodeReport
 
 log = logging.getLogger(__name__)
@@ -121,11 +121,10 @@ def _write_all(
     folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int | None, teacher_tokenizer: Any
 ) -> EncodeReport:
     """Write each domain's segments to NUMBER.arrow."""
-    report = EncodeReport(domains={})
+    report, worker = EncodeReport(domains={}), Worker(tokenizer, settings, teacher_tokenizer)
     for number, (name, examples) in enumerate(data.domains().items()):
         known = set(data.bad_rows())
-        processes = _processes(workers, examples)
-        found = outcomes(_shown(name, examples), tokenizer, settings, processes, teacher_tokenizer)
+        found = outcomes(_shown(name, examples), worker, _processes(workers, examples))
         counts = _write(folder / f"{number}.arrow", name, found, data.max_bad_fraction, settings)
         _count_bad(counts, {where: reason for where, reason in data.bad_rows().items() if where not in known})
         report.domains[name] = counts

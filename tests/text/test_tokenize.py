@@ -245,11 +245,11 @@ def test_an_example_that_the_template_refuses_is_named_or_within_bounds_dropped(
 @pytest.mark.slow
 def test_processes_give_the_same_tokens_in_the_same_order() -> None:
     examples = [Example(text=f"{number} cat " * (number % 7 + 1), where=str(number)) for number in range(700)]
-    settings = _workers.Settings(max_length=12, split=True)
+    worker = _workers.Worker(byte_level(), _workers.Settings(max_length=12, split=True), metaspace())
     alone, several = (
         [
-            (o.where, [s.ids.tolist() for s in o.segments])
-            for o in _workers.outcomes(examples, byte_level(), settings, n)
+            (o.where, [(s.ids.tolist(), s.teacher.ids.tolist()) for s in o.segments if s.teacher])
+            for o in _workers.outcomes(examples, worker, n)
         ]
         for n in (1, 2)
     )
