@@ -46,12 +46,11 @@ def page(text: str) -> str:
         objective = build(config, Objective)
         rows[kind_of(objective)].append(row(file.stem, config, objective))
     for kind in KINDS:
-        table = "\n".join([HEAD, "|---" * HEAD.count(" | ") + "|---|", *rows[kind]])
-        begin, end = f"<!-- {kind}: written by `make docs` -->", f"<!-- end of {kind} -->"
-        assert begin in text and end in text, f"{PAGE.name} has lost the place of its table: {begin} … {end}"
-        text = re.sub(
-            f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, t=f"{begin}\n{table}\n{end}": t, text, flags=re.S
-        )
+        table = "\n".join([HEAD, re.sub(r"[^|]+", "---", HEAD), *rows[kind]])
+        before, begin, rest = text.partition(f"<!-- {kind}: written by `make docs` -->\n")
+        _, end, after = rest.partition(f"<!-- end of {kind} -->\n")
+        assert begin and end, f"{PAGE.name} has lost the place of its table of {kind}"
+        text = f"{before}{begin}\n{table}\n\n{end}{after}"
     return text
 
 
