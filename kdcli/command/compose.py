@@ -175,8 +175,9 @@ def _drop_leftovers(config: DictConfig) -> None:
         node = OmegaConf.select(config, place or group) if group in catalog.GROUPS else None
         file = catalog.options(group).get(option) if isinstance(node, DictConfig) else None
         known = yaml.safe_load(file.read_text("utf-8")) if file else None
-        if node is None or known is None or "defaults" in known:
+        if node is None or known is None:
             continue
+        known = {*known, *(str(key).partition("@")[2] for one in known.get("defaults", []) for key in one)}
         with open_dict(config):
             for name in [str(name) for name in node if name not in known]:
                 if not any(

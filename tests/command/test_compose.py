@@ -47,6 +47,14 @@ def test_another_option_drops_what_the_recipe_gave_its_own() -> None:
     assert typed["teacher"]["path"] == "x"  # typed, so it stays and is checked
 
 
+def test_an_option_with_defaults_of_its_own_drops_them_too() -> None:
+    """The recipe's data.path is none of `selected`, whose own data are a component in it."""
+    config = composed("+recipe=tiny", "data=selected", "data.scores=x", "data.data.path=y")
+    assert "path" not in config["data"]
+    assert config["data"]["data"]["path"] == "y"
+    assert config["data"]["keep"] == 0.5
+
+
 LINEAR = {"schedule": "linear", "start": 4, "end": 1}
 TYPED = "{schedule: linear, start: 4, end: 1}"
 
