@@ -186,7 +186,7 @@ class TeacherView:
         same bytes after the same bytes."""
         assert self.span is not None, "spans exist with another tokenizer only"
         assert self.teacher_span is not None, "spans exist with another tokenizer only"
-        size = 1 + int(max(self.span.max(), self.teacher_span.max()))
+        size = 1 + max(0, int(self.span.max()), int(self.teacher_span.max()))
         of_student, of_teacher = (
             torch.bincount(span[span >= 0], minlength=size) for span in (self.span, self.teacher_span)
         )

@@ -28,6 +28,7 @@ FORMS = {
 CONTENT = ("text", "messages", "prompt", "response", "chosen", "rejected", "teacher_prompt")
 FIELDS = (*CONTENT, "domain", "group", "score", "weight", "meta")
 SHOWN = 5  # bad rows named in one error
+NO_PROMPT = "teacher_prompt stands for the prompt, but the row has none; give it with prompt + response"
 
 
 class BadRow(KDError):
@@ -210,6 +211,8 @@ def _check_form(row: Mapping[str, Any]) -> None:
     if both:
         choice = " ".join(f"data.columns.{name}={name}" for name in FORMS[forms[0]])
         raise BadRow("ambiguous", f"the row has both {forms[0]} and {both[0]}; keep one, or say which with {choice}")
+    if "teacher_prompt" in row and "prompt" not in row:
+        raise BadRow("teacher_prompt", NO_PROMPT)
 
 
 def _no_content(row: Mapping[str, Any]) -> str:

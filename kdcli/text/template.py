@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kdcli.api import Example
-from kdcli.store.examples import BadRow
+from kdcli.store.examples import NO_PROMPT, BadRow
 
 Span = tuple[int, int]  # characters [start, end)
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -68,7 +68,7 @@ class Template:
         """One draft, or one per answer: if `apart`, or where the template shows earlier answers differently from the
         last one (such as without their thinking). Raises BadRow when the template cannot say this example."""
         if example.teacher_prompt is not None and example.prompt is None:
-            raise BadRow("teacher_prompt", "teacher_prompt stands for the prompt; give it with prompt + response")
+            raise BadRow("teacher_prompt", NO_PROMPT)
         if example.text is not None:
             return [Draft(text=example.text, spans=((0, len(example.text)),), bare=True, answers=(example.text,))]
         if example.messages is not None:

@@ -59,6 +59,8 @@ def rows_of(path: Path, **settings: Any) -> list[Example]:
         (b'{"text": "a", "weight": true}', "wrong type", "weight must be a number, not true or false"),
         (b'{"text": "a", "score": 1e999}', "bad number", "score is inf"),
         (b'{"text": "a", "meta": "x"}', "wrong type", "meta must be an object"),
+        (b'{"text": "a", "teacher_prompt": "b"}', "teacher_prompt", "give it with prompt + response"),
+        (b'{"prompt": "a", "response": "b", "teacher_prompt": 7}', "wrong type", "teacher_prompt must be text"),
     ],
 )
 def test_a_bad_row_has_a_reason_and_is_named_by_file_and_line(

@@ -359,6 +359,18 @@ def test_a_batch_counts_spans_through_all_its_sequences() -> None:
         assert line[: len(expected)] == expected
 
 
+def test_a_batch_may_be_without_a_span() -> None:
+    """The first parts of a document end inside of the first stretch that both cut alike."""
+    parts = encoded(Example(text="Hello there, how?"), byte_level(), metaspace(), max_length=3).segments
+    empty = [part for part in parts if part.teacher is not None and (part.teacher.span < 0).all()]
+    assert empty
+    view = collate([Row((part,)) for part in empty], pad_id=0).teacher
+    assert view is not None
+    assert not view.exact().any()
+    assert (view.position == -1).all()
+    assert view.input_ids.shape[1] >= 1
+
+
 def test_an_example_costs_time_in_proportion_to_its_length() -> None:
     """Ten times the text, at most 25 times the time; a square would be a hundred."""
     import time
