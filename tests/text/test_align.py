@@ -106,7 +106,7 @@ def spelt(tokenizer: Any, ids: list[int]) -> bytes:
 
 
 @pytest.mark.parametrize(("student", "teacher"), PAIRS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(prompt=FIRST, said=SAID)
 def test_spans_are_the_answer_in_order_on_both_sides(student: str, teacher: str, prompt: str, said: str) -> None:
     models = TOKENIZERS[student](), TOKENIZERS[teacher]()
@@ -127,7 +127,7 @@ def test_spans_are_the_answer_in_order_on_both_sides(student: str, teacher: str,
 
 
 @pytest.mark.parametrize(("student", "teacher"), [pair for pair in PAIRS if {*pair} <= {*EXACT}])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(prompt=FIRST, said=SAID)
 def test_both_sides_of_a_span_are_the_same_bytes_and_none_could_be_shorter(
     student: str, teacher: str, prompt: str, said: str
@@ -152,7 +152,7 @@ def test_both_sides_of_a_span_are_the_same_bytes_and_none_could_be_shorter(
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(prompt=FIRST | st.just(""), said=SAID)
 def test_a_tokenizer_beside_itself_has_a_span_for_each_token(name: str, prompt: str, said: str) -> None:
     model = TOKENIZERS[name]()
@@ -167,7 +167,7 @@ def test_a_tokenizer_beside_itself_has_a_span_for_each_token(name: str, prompt: 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 @given(text=TEXT.map("".join).filter(bool))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_edges_only_grow_and_end_with_the_text(name: str, text: str) -> None:
     codec = worker(TOKENIZERS[name](), byte_level(), None, max_length=9, split=True).codec
     output = codec.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
