@@ -14,9 +14,8 @@ def log1mexp(x: Tensor) -> Tensor:
     log(-expm1(x)) above -log 2, where exp(x) is near 1; log1p(-exp(x)) below, where it is near 0.
     """
     near = x > -math.log(2.0)
-    above = torch.where(near, x, -1.0)  # a branch not taken would still give NaN gradients: keep it away from its pole
-    below = torch.where(near, -1.0, x)
-    return torch.where(near, torch.log(-torch.expm1(above)), torch.log1p(-torch.exp(below)))
+    far = torch.where(near, -1.0, x)  # at its pole the branch not taken would still give NaN gradients
+    return torch.where(near, torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(far)))
 
 
 def log_odds(logprob: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from kdcli.api import Batch, ModelShape, Need, Objective, Scope, StudentOutput, TeacherSignal, TopK, Unit
 from kdcli.config import cross
 from kdcli.errors import ConfigError
+from kdcli.objective._embedding import pooled, read_answer, read_prompt, read_text
 from kdcli.objective.contrastive import Contrastive
 from kdcli.objective.distillm2 import DistiLLM2
 from kdcli.objective.dpkd import DPKD
@@ -289,6 +290,7 @@ def test_gradient_is_the_slope_of_the_value(
     monkeypatch.setattr(Tensor, "detach", lambda self: tape.append(plain(self).clone()) or tape[-1])
     objective(at.batch, at.student(), at.teacher)
     recorded, step = list(tape), 1e-5
+    assert bool(recorded) == getattr(objective, "stops_gradient", False)
 
     def end(name: str, index: tuple[int, ...], sign: int) -> float:
         moved: dict[str, Any] = {"logprobs": at.logprobs, "hidden": at.hidden}
@@ -677,6 +679,19 @@ def test_contrastive_by_hand() -> None:
     hidden[1, 1:3] = torch.tensor([-1.0, 0.0])
     value = Contrastive(temperature=0.5)(batch, StudentOutput(hidden=hidden), TeacherSignal())
     assert value.item() == pytest.approx(math.log1p(math.exp(-3)))
+
+
+def test_the_last_token_of_a_row_that_ends_with_it_is_never_read() -> None:
+    """Two packed sequences of a prompt token and two targets, whose last tokens are targets only."""
+    batch = batch_of([Answer(2, prompt=1), Answer(2, prompt=1)])
+    batch.segment = torch.tensor([[0, 0, 1, 1]])
+    batch.attention_mask = batch.mask = torch.ones(1, 4, dtype=torch.bool)
+    assert read_answer(batch).tolist() == [[False, True, False, True]]
+    assert read_prompt(batch).tolist() == [[True, False, True, False]]
+    vectors = torch.tensor([[[1.0], [2.0], [4.0], [8.0]]])
+    assert pooled(batch, vectors, read_text(batch), "last").tolist() == [[2.0], [8.0]]
+    assert pooled(batch, vectors, read_text(batch), "mean").tolist() == [[1.5], [6.0]]
+    assert pooled(batch, vectors.bfloat16(), read_text(batch), "mean").dtype == torch.float32
 
 
 def test_a_query_of_its_own_is_the_best_of_its_group() -> None:
