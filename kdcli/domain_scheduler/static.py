@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 from kdcli.api import DomainLoss, DomainScheduler
+from kdcli.domain_scheduler._adaptive import Quota
 from kdcli.errors import ConfigError
 
 
@@ -17,13 +18,14 @@ class Static(DomainScheduler):
     domains are known, for one that does not exist.
     """
 
-    def __init__(self, *, weights: Mapping[str, float]) -> None:
+    def __init__(self, *, weights: Mapping[str, float], quota: Quota = "iid") -> None:
         for name, weight in weights.items():
             if not math.isfinite(weight) or weight < 0:
                 raise ConfigError(f"domain_scheduler.weights.{name} is {weight}; give a finite number of at least 0")
         if sum(weights.values()) <= 0:
             raise ConfigError("domain_scheduler.weights are all 0; give at least one domain a weight")
         self.weights = dict(weights)
+        self.quota = quota
 
     def initial(self, sizes: Mapping[str, int]) -> dict[str, float]:
         for name in self.weights:
