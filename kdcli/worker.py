@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,19 +33,23 @@ from kdcli.api import (
 )
 from kdcli.config.build import build, build_schedules, build_terms, optimizer_factory, schedule_factory
 from kdcli.config.cross import share_ids
-from kdcli.errors import Interrupted, KDError
+from kdcli.errors import ConfigError, Interrupted, KDError
 from kdcli.launch import _lifeline
 from kdcli.store import atomic, failures, status
 from kdcli.store import log as run_log
 from kdcli.store.fault import fault
 from kdcli.store.lock import RunLock
 from kdcli.store.metrics import MetricsLog
+from kdcli.store.tokens import Row
 from kdcli.text.tokenize import encode
 from kdcli.train import state
 from kdcli.train.distiller import Distiller
+from kdcli.train.domains import Domains
+from kdcli.train.heldout import HeldOut, first_rows, hold_out
 from kdcli.train.interrupt import Interrupt
 from kdcli.train.loader import Loader
 from kdcli.train.loop import train
+from kdcli.train.probe import OF_TEACHER, PROBED, Probe, problem_of
 from kdcli.train.run import Run
 from kdcli.train.scheduling import Schedules
 from kdcli.train.scorer import Scorer
@@ -120,15 +124,13 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
 
     tokenizer, other = student.load_tokenizer() or teacher.load_tokenizer(), teacher.load_tokenizer()
     foreign = other is not None and not share_ids(other.get_vocab(), tokenizer.get_vocab())
-    across = foreign and any(objective.cross_tokenizer for objective in objectives.values())
-    lengths = {key: batch[key] for key in ("max_length", "packing", "overflow")}
-    fault("data.prepare", rank=engine.rank)
+    if problem := problem_of(scheduler.signals, teacher, foreign=foreign):
+        raise ConfigError(f"domain_scheduler: {type(scheduler).__name__} cannot work: {problem}")
+    across = any(objective.cross_tokenizer for objective in objectives.values()) or scheduler.signals & OF_TEACHER
     columns = {column for objective in objectives.values() for column in objective.columns}
-    data, teacher_tokenizer = build(config["data"], Data), other if across else None
-    rows, counts = encode(data, tokenizer, columns=columns, teacher_tokenizer=teacher_tokenizer, **lengths)
-    log.info("data: %s", counts)
-    if engine.rank == 0:
-        atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])
+    fault("data.prepare", rank=engine.rank)
+    told = {"columns": columns, "teacher_tokenizer": other if foreign and across else None}
+    rows, held_out = _rows(run_dir, config, tokenizer, bool(scheduler.signals & PROBED), engine.rank, **told)
     teacher.load(engine.device)
     student.load(engine.device)
     begin(student, teacher)
@@ -142,6 +144,7 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
         rank=engine.rank,
         world_size=engine.world_size,
         weights=scheduler.initial(sizes),
+        quota=scheduler.quota,
     )
     schedules = Schedules(build_schedules(config["objective"]), objectives, steps=section["steps"], epoch=loader.epoch)
     distiller = Distiller(student, teacher, objectives, foreign=foreign)
@@ -151,6 +154,23 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
         lr_schedule=schedule_factory(config["lr_schedule"]),
         micro_size=batch["micro_size"],
     )
+    probe = None
+    if held_out is not None:
+        probe = Probe(
+            HeldOut(
+                held_out,
+                micro_size=config["probe"].get("micro_size") or batch["micro_size"],
+                pad_id=loader.pad_id,
+                rank=engine.rank,
+                world_size=engine.world_size,
+            ),
+            scheduler.signals,
+            distiller=distiller,
+            engine=engine,
+            scorer=Scorer(engine, student.tokenizer, interrupt),
+            file=run_dir / "probe.json",
+            source=_digest({key: config[key] for key in ("teacher", "batch")}),
+        )
     return Run(
         **{key: value for key, value in section.items() if key != "dir"},
         dir=run_dir,
@@ -158,7 +178,7 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
         engine=engine,
         loader=loader,
         rollout=build(config["rollout"], Rollout),
-        domain_scheduler=scheduler,
+        domains=Domains(scheduler, loader, objectives, probe),
         schedules=schedules,
         evaluations=evaluations,
         reporters=reporters,
@@ -166,6 +186,24 @@ def _built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: 
         config=config,
         note={"config": _digest(config)},
     )
+
+
+def _rows(
+    run_dir: Path, config: Mapping[str, Any], tokenizer: Any, probed: bool, rank: int, **told: Any
+) -> tuple[Mapping[str, Sequence[Row]], Mapping[str, Sequence[Row]] | None]:
+    """Each domain's training rows, and its held-out ones if something is to be measured on them."""
+    batch, probe = config["batch"], config.get("probe") or {}
+    lengths = {key: batch[key] for key in ("max_length", "overflow")}
+    rows, counts = encode(build(config["data"], Data), tokenizer, packing=batch["packing"], **lengths, **told)
+    log.info("data: %s", counts)
+    if rank == 0:
+        atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])
+    if not probed:
+        return rows, None
+    if probe.get("data") is None:
+        return hold_out(rows, probe["rows"])
+    of_their_own, _ = encode(build(probe["data"], Data), tokenizer, **lengths, **told)
+    return rows, first_rows(of_their_own, probe["rows"], list(rows))
 
 
 def _evaluate(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcli.config import demands, scheduled
+from kdcli.config import demands, domains, scheduled
 from kdcli.config.build import build
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
@@ -30,7 +30,7 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     found += refused
     if refused:
         return found
-    found += _needs(config, objects) + _student(config) + _domains(objects)
+    found += _needs(config, objects) + _student(config) + _domains(objects) + domains.problems_in(config, objects)
     found = found or _demands(config, objects)
     return found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from kdcli.api import Data
 
 COMPONENTS = {  # section -> the interface in kdcli.api its `_target_` implements
     "teacher": "Teacher",
@@ -21,7 +24,7 @@ COMPONENTS = {  # section -> the interface in kdcli.api its `_target_` implement
 THIRD_PARTY = ("optimizer", "lr_schedule")
 TERMS = ("objective", "evaluation", "report")  # mappings: a name you choose -> component
 SECTIONS = {
-    "distill": ("run", "batch", *COMPONENTS, *THIRD_PARTY, "optimize"),
+    "distill": ("run", "batch", "probe", *COMPONENTS, *THIRD_PARTY, "optimize"),
     "evaluate": ("run", "batch", "teacher", "student", "evaluation", "report", "engine", "launch"),
 }
 
@@ -59,6 +62,15 @@ class Batch:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The section `probe` of a distillation: held-out rows, for domain schedulers that measure."""
+
+    data: Data | None = None  # null: the last rows of each training domain
+    rows: int = at_least(1, 500)  # of each domain
+    micro_size: int | None = at_least(1, None)  # sequences of one forward; null: batch.micro_size
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateRun:
     """The section `run` of an evaluation."""
 
@@ -76,6 +88,6 @@ class EvaluateBatch:
 
 
 SCHEMAS = {
-    "distill": {"run": Run, "batch": Batch},
+    "distill": {"run": Run, "batch": Batch, "probe": Probe},
     "evaluate": {"run": EvaluateRun, "batch": EvaluateBatch},
 }

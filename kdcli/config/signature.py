@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -26,7 +27,7 @@ def settings(target: Callable[..., Any], *, skip: int = 0) -> dict[str, Setting]
     `**settings: Unpack[Some]` stands for the keys of the TypedDict `Some`, which the base class takes.
     """
     if is_dataclass(target):
-        hints = get_type_hints(target)
+        hints = get_type_hints(target, localns=vars(importlib.import_module("kdcli.api")))  # late, because it is heavy
         return {
             f.name: Setting(hints[f.name], f.default is MISSING, f.default, f.metadata.get("minimum"))
             for f in fields(target)

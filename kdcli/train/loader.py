@@ -7,7 +7,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import xxhash
 
@@ -17,18 +17,24 @@ from kdcli.store.fault import fault
 from kdcli.store.tokens import Row
 from kdcli.text.collate import collate
 
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it modulo 2^64 fill the circle as evenly as any can
 ROUNDS = 6  # of the Feistel network; four make a strong pseudo-random permutation (Luby & Rackoff 1988)
 
 
 class Loader(Stateful):
     """Micro-batches of each optimizer step.
 
-    A step draws `batch_size` domains independently by `weights`, from a hash of (seed, step, place in the batch), and
-    takes the next row of each in that domain's order: a permutation per epoch, from (seed, domain, epoch). The rows
-    are sorted by length, cut into micro-batches and dealt to the ranks in turn. So the micro-batches of a step do not
-    depend on the number of ranks, and all that has to be remembered is how many rows each domain has given. A row may
-    be several sequences: a packed row, a preference pair or a group of answers counts as one in `batch_size` and
-    `micro_size`, and is never cut.
+    A step draws `batch_size` domains by `weights` and takes the next row of each in that domain's order: a permutation
+    per epoch, from (seed, domain, epoch). The rows are sorted by length, cut into micro-batches and dealt to the ranks
+    in turn. So the micro-batches of a step do not depend on the number of ranks, and all that has to be remembered is
+    how many rows each domain has given. A row may be several sequences: a packed row, a preference pair or a group of
+    answers counts as one in `batch_size` and `micro_size`, and is never cut.
+
+    `quota`: `iid` draws each place of a batch by itself, from a hash of (seed, step, place). `hamilton` gives a domain
+    batch_size x weight rows, rounded up or down: the rows that rounding down leaves over go by a number from (seed,
+    step) that steps around the circle by the golden ratio, so that after n steps a domain's rows differ from
+    n x batch_size x weight by about log n, where independent draws differ by its root. What a step draws depends on
+    the seed, the step, the weights and the counts alone.
 
     Raises ConfigError when the batch cannot be cut evenly, or a weighted domain has no rows.
     """
@@ -44,6 +50,7 @@ class Loader(Stateful):
         rank: int = 0,
         world_size: int = 1,
         weights: Mapping[str, float],
+        quota: Literal["iid", "hamilton"] = "iid",
     ) -> None:
         if batch_size % (micro_size * world_size):
             raise ConfigError(
@@ -52,7 +59,7 @@ class Loader(Stateful):
             )
         self.rows = dict(rows)
         self.batch_size, self.micro_size, self.pad_id, self.seed = batch_size, micro_size, pad_id, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.quota = rank, world_size, quota
         self.drawn = dict.fromkeys(self.rows, 0)  # rows given so far
         self.weights = dict(weights)
 
@@ -63,17 +70,7 @@ class Loader(Stateful):
 
     @weights.setter
     def weights(self, weights: Mapping[str, float]) -> None:
-        if set(weights) != set(self.rows):
-            raise ConfigError(f"domain weights are for {', '.join(weights)}, but domains are {', '.join(self.rows)}")
-        for name, weight in weights.items():
-            if not math.isfinite(weight) or weight < 0:
-                raise ConfigError(f"the weight of domain {name} is {weight}; it must be finite and at least 0")
-            if weight > 0 and not len(self.rows[name]):
-                raise ConfigError(f"domain {name} has weight {weight} and no rows; take it out or set its weight to 0")
-        total = sum(weights.values())
-        if total <= 0:
-            raise ConfigError("all domain weights are 0, so there is nothing to draw")
-        self._weights = {name: weights[name] / total for name in self.rows}
+        self._use(normalized(weights, self.rows))
 
     @property
     def epochs(self) -> dict[str, float]:
@@ -104,14 +101,22 @@ class Loader(Stateful):
         if state["rows"] != sizes:
             raise ConfigError(f"the data have changed since the checkpoint: rows {state['rows']} then, {sizes} now")
         self.drawn = {name: int(count) for name, count in state["drawn"].items()}
-        self.weights = state["weights"]
+        self._use(state["weights"])  # to the last bit: dividing by their sum again could change it
+
+    def _use(self, weights: Mapping[str, float]) -> None:
+        self._weights = {name: weights[name] for name in self.rows}
+        self._names = [name for name, weight in self._weights.items() if weight > 0]
+        self._edges = list(accumulate(self._weights[name] for name in self._names))
 
     def _domains(self, step: int) -> list[str]:
-        """The domain of each place in the batch."""
-        names = [name for name, weight in self._weights.items() if weight > 0]
-        edges = list(accumulate(self._weights[name] for name in names))
-        points = (_hash(self.seed, step, place) / 2**64 * edges[-1] for place in range(self.batch_size))
-        return [names[min(bisect_right(edges, point), len(names) - 1)] for point in points]
+        """The domain of each place in the batch: where a point falls among domains as long as their weights."""
+        size, top = self.batch_size, self._edges[-1]
+        if self.quota == "iid":
+            points = [_hash(self.seed, step, place) / 2**64 for place in range(size)]
+        else:  # evenly spaced, so that between two points lies a weight of 1 / size
+            shift = (_hash(self.seed) + step * GOLDEN) % 2**64 / 2**64
+            points = [(place + shift) / size for place in range(size)]
+        return [self._names[min(bisect_right(self._edges, point * top), len(self._names) - 1)] for point in points]
 
     def _row(self, name: str) -> Row:
         """The next row of a domain."""
@@ -119,6 +124,21 @@ class Loader(Stateful):
         self.drawn[name] += 1
         key = _hash(self.seed, xxhash.xxh3_64_intdigest(name.encode()), epoch)
         return self.rows[name][permuted(place, len(self.rows[name]), key)]
+
+
+def normalized(weights: Mapping[str, float], rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:
+    """Weights that sum to 1. Raises ConfigError where they do not fit the domains, or are no weights."""
+    if set(weights) != set(rows):
+        raise ConfigError(f"domain weights are for {', '.join(weights)}, but domains are {', '.join(rows)}")
+    for name, weight in weights.items():
+        if not math.isfinite(weight) or weight < 0:
+            raise ConfigError(f"the weight of domain {name} is {weight}; it must be finite and at least 0")
+        if weight > 0 and not len(rows[name]):
+            raise ConfigError(f"domain {name} has weight {weight} and no rows; take it out or set its weight to 0")
+    total = sum(weights.values())
+    if total <= 0:
+        raise ConfigError("all domain weights are 0, so there is nothing to draw")
+    return {name: weights[name] / total for name in rows}
 
 
 def permuted(index: int, size: int, key: int) -> int:

@@ -19,6 +19,8 @@ from kdcli.train.resume import begin, save
 from kdcli.train.run import Position, Run, report_status, tell_reporters
 from kdcli.train.scorer import Scorer, StopScoring
 
+FOR_US = ("flag", "domain")  # what ranks add up beside the step's metrics
+
 
 def train(run: Run) -> Path:
     """Train to the end and export; returns the student's folder.
@@ -52,7 +54,7 @@ def _advance(run: Run, here: Position) -> int:
     """One optimizer step; returns the signal that asks to stop, the same on every rank, or 0."""
     engine, step, began = run.engine, here.step + 1, time.monotonic()
     scheduled = run.schedules.apply(step)
-    batches = [run.rollout(b.to(engine.device), run.student, step) for b in run.loader.next(step)]
+    batches = [run.rollout(b.to(engine.device), run.student, step) for b in run.domains.next(step)]
     counts = engine.sum(_total(run.distiller.count(batch) for batch in batches))
     if not counts["tokens"]:
         raise ConfigError(f"step {step}: none of the {run.loader.batch_size} rows has a supervised token; look at data")
@@ -65,7 +67,7 @@ def _advance(run: Run, here: Position) -> int:
         fault("step.backward", step=step)
         shares.append(metrics)
     totals = engine.sum({**_total(shares), **_flags(run, here, began)})
-    flags = {name: totals.pop(name) for name in list(totals) if name.startswith("flag/")}
+    flags, domains = ({name: totals.pop(name) for name in list(totals) if name.startswith(f"{of}/")} for of in FOR_US)
     lr = engine.lr
     if not all(math.isfinite(value) for value in totals.values()):
         raise _breakdown(run, step, lr, totals, batches, shares)
@@ -78,7 +80,6 @@ def _advance(run: Run, here: Position) -> int:
     seconds = time.monotonic() - began
     here.step, here.tokens, here.seconds = step, here.tokens + counts["tokens"], here.seconds + seconds
     here.out_of_time = bool(flags["flag/time"])
-    weights = run.loader.weights
     here.line = {
         **totals,
         "lr": lr,
@@ -86,7 +87,7 @@ def _advance(run: Run, here: Position) -> int:
         "tokens": here.tokens,
         "tokens_per_second": counts["tokens"] / seconds,
         **scheduled,
-        **({f"domain/{name}/weight": weight for name, weight in weights.items()} if len(weights) > 1 else {}),
+        **run.domains.observe(domains),
     }
     return int(max((number for number in (2, 15) if flags[f"flag/signal/{number}"]), default=0))
 
@@ -135,20 +136,23 @@ def _way_out(run: Run) -> str:
 
 
 def _tell(run: Run, here: Position) -> None:
-    """Evaluate if it is time to, and write the step's line; once per step, also when interrupted in between."""
-    if here.line is None:
-        return
+    """Make new domain weights and evaluate if it is time to, and write the step's line; each once per step, also when
+    interrupted in between."""
     last = here.step >= run.steps or here.out_of_time
     periodic = run.eval_every and here.step % run.eval_every == 0
-    line = dict(here.line)
+    began = time.monotonic()
+    if not last:
+        run.domains.update(here.step)
+    if here.line is None:
+        return
+    line = here.line | run.domains.news
     if here.step == 0 or last or periodic:
-        began = time.monotonic()
         line |= _evaluate(run, here.step)
-        here.seconds += time.monotonic() - began
+    here.seconds += time.monotonic() - began
     if line and (last or here.step % run.log_every == 0 or len(line) > len(here.line)) and run.engine.rank == 0:
         MetricsLog(run.dir).append(here.step, line)
         tell_reporters(run, lambda reporter: reporter.log(here.step, line))
-    here.line = None
+    here.line, run.domains.news = None, {}
 
 
 def _evaluate(run: Run, step: int) -> dict[str, float]:

@@ -34,7 +34,7 @@ def begin(run: Run) -> Position:
         here.out_of_time = run.minutes is not None and here.seconds >= run.minutes * 60
         run.loader.load_state_dict(saved["loader"])
         run.rollout.load_state_dict(saved["rollout"])
-        run.domain_scheduler.load_state_dict(saved["domain_scheduler"])
+        run.domains.load_state_dict(saved["domains"])
         run.schedules.load_state_dict(saved.get("schedules", {}))
     if first:
         MetricsLog(run.dir).cut(here.step if here.line is None else here.step - 1)
@@ -52,7 +52,7 @@ def save(run: Run, here: Position) -> None:
         "position": {"step": here.step, "tokens": here.tokens, "seconds": here.seconds, "line": here.line},
         "loader": run.loader.state_dict(),
         "rollout": run.rollout.state_dict(),
-        "domain_scheduler": run.domain_scheduler.state_dict(),
+        "domains": run.domains.state_dict(),
         "schedules": run.schedules.state_dict(),
     }
     checkpoint.save(

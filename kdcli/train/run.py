@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kdcli.api import DomainScheduler, Engine, Evaluator, Reporter, Rollout, Student
+from kdcli.api import Engine, Evaluator, Reporter, Rollout, Student
 from kdcli.store import status
 from kdcli.train.distiller import Distiller
+from kdcli.train.domains import Domains
 from kdcli.train.interrupt import Interrupt
 from kdcli.train.loader import Loader
 from kdcli.train.scheduling import Schedules
@@ -37,7 +38,7 @@ class Run:
     engine: Engine
     loader: Loader
     rollout: Rollout
-    domain_scheduler: DomainScheduler
+    domains: Domains
     schedules: Schedules = field(default_factory=Schedules)
     evaluations: Mapping[str, Evaluator] = field(default_factory=dict)
     reporters: Sequence[Reporter] = ()  # rank 0 only

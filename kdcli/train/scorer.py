@@ -31,13 +31,18 @@ class Scorer(Subject):
         self.rank, self.world_size = engine.rank, engine.world_size
         self.interrupt = interrupt
 
-    def score(self, batch: Batch) -> Scores:
+    def score(self, batch: Batch, *, teacher: bool = True) -> Scores:
+        """Of the student alone unless `teacher`."""
+        self.check()
+        scores: Scores = self.engine(batch.to(self.engine.device), mode="score", teacher=teacher)
+        values = {f.name: getattr(scores, f.name) for f in fields(scores)}
+        return replace(scores, **{name: value.cpu() for name, value in values.items() if isinstance(value, Tensor)})
+
+    def check(self) -> None:
+        """Raises StopScoring, on every rank, when one was asked to stop. A collective."""
         signal_number = max(self.engine.gather(self.interrupt.received))
         if signal_number:
             raise StopScoring(signal_number)
-        scores: Scores = self.engine(batch.to(self.engine.device), mode="score")
-        values = {f.name: getattr(scores, f.name) for f in fields(scores)}
-        return replace(scores, **{name: value.cpu() for name, value in values.items() if isinstance(value, Tensor)})
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
         return self.engine.sum(values)

@@ -21,7 +21,8 @@ def test_each_step_has_one_line_with_these_metrics(tmp_path):
     first, *_, last = metrics.read(run_dir)
     assert list(first) == [
         "step", "time", "loss/kd", "loss/total", "lr", "grad_norm", "tokens", "tokens_per_second",
-        "domain/prose/weight", "domain/verse/weight",
+        *(f"domain/{name}/{key}" for name in ("prose", "verse")
+          for key in ("weight", "loss", "prompt_share", "token_share", "gradient_share")),
     ]  # fmt: skip
     assert first["lr"] == 0.0, "the rate that this step was made with: warm-up begins at zero"
     assert last["lr"] > 0
