@@ -8,6 +8,7 @@ from kdcli.config.schema import COMPONENTS, THIRD_PARTY
 from kdcli.store import paths
 
 GROUPS = (*COMPONENTS, *THIRD_PARTY)
+CHOICES = (*GROUPS, "control")  # and what a run is compared with
 
 
 def first_comment(file: Path) -> str:

@@ -29,7 +29,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
-from kdcli.command import catalog, guard
+from kdcli.command import catalog, control, guard
 from kdcli.config.nearest import suggest
 from kdcli.errors import ConfigError
 from kdcli.store import paths
@@ -125,7 +125,8 @@ def compose(app: Hydra, verb: str, overrides: Sequence[str], mode: RunMode = Run
 
 
 def plain(config: DictConfig, verb: str) -> dict[str, Any]:
-    """The config as plain resolved values, with its verb, without Hydra's node; `${oc.env:NAME}` stays a reference.
+    """The config as plain resolved values, with its verb, without Hydra's node, the control applied;
+    `${oc.env:NAME}` stays a reference.
 
     Raises ConfigError for an interpolation that leads nowhere.
     """
@@ -134,7 +135,7 @@ def plain(config: DictConfig, verb: str) -> dict[str, Any]:
         values: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError(_interpolation(error)) from error
-    return {"verb": verb, **values}
+    return {"verb": verb, **control.applied(values)}
 
 
 def explain(error: BaseException, app: Hydra, verb: str, overrides: Sequence[str]) -> ConfigError:
@@ -303,7 +304,7 @@ def _unknown_key(key: str, app: Hydra, verb: str, overrides: Sequence[str]) -> s
 
 
 def _choices() -> tuple[str, ...]:
-    return ("recipe", *catalog.GROUPS)
+    return ("recipe", *catalog.CHOICES)
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:

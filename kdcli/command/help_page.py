@@ -16,6 +16,7 @@ EXAMPLES = {
   kdcli distill +recipe=quickstart run.steps=20            one key changed
   kdcli distill +recipe=quickstart objective@objective.kd=reverse_kl objective.kd.temperature=2
   kdcli distill +recipe=quickstart optimizer.lr=1e-4,1e-3 -m          a sweep of two jobs, with a table
+  kdcli distill +recipe=quickstart +control=sft run.seeds=[0,1,2]     beside plain fine-tuning, with mean and spread
   kdcli distill +recipe=quickstart launch.processes=2 engine=zero3    two processes, everything sharded
   kdcli distill +recipe=quickstart --cfg job               the composed config, without running it""",
     "evaluate": """\
@@ -47,6 +48,8 @@ def show(verb: str) -> int:
 
 def _groups(verb: str) -> dict[str, str]:
     named = {g: f"{g}@{g}.NAME" if g in TERMS else g for g in GROUPS if g in SECTIONS[verb]}
+    if verb == "distill":
+        named["control"] = "control"
     return {named[group]: ", ".join(options(group)) for group in named}
 
 

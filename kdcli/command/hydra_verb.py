@@ -14,7 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from kdcli.command import help_page, runs, sweep
+from kdcli.command import control, help_page, runs, sweep
 from kdcli.command.arguments import parse
 from kdcli.command.compose import compose, explain, hydra, plain
 
@@ -30,11 +30,13 @@ def main(verb: str, argv: Sequence[str], *, adjust: Adjust = unchanged) -> int:
     arguments = parse(verb, argv)
     if arguments.help:
         return help_page.show(verb)
+    asked = control.plan(verb, arguments.overrides)
     with hydra(arguments) as app:
         if arguments.cfg or arguments.info:
+            arguments.overrides = asked.one
             return _show(app, verb, arguments)
-        if arguments.multirun:
-            return sweep.run(app, verb, arguments.overrides, adjust)
+        if arguments.multirun or asked.swept:
+            return sweep.run(app, verb, asked.overrides, adjust)
         config = compose(app, verb, arguments.overrides)
         timed = _named_after_the_time(config)
         values = plain(config, verb)

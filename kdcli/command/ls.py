@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from kdcli.command.catalog import GROUPS, first_comment, options, recipes
+from kdcli.command.catalog import CHOICES, first_comment, options, recipes
 from kdcli.config.nearest import suggest
 from kdcli.errors import ConfigError
 
@@ -25,15 +25,15 @@ def main(argv: Sequence[str]) -> int:
     wanted = argv[0].rstrip("/") if argv else None
     if wanted is None:
         _show("Recipes: kdcli distill +recipe=NAME", _recipe_rows())
-        for group in GROUPS:
+        for group in CHOICES:
             _show(f"{group}: {_how(group)}", _option_rows(group))
     elif wanted in ("recipe", "recipes"):
         _show("Recipes: kdcli distill +recipe=NAME", _recipe_rows())
-    elif wanted in GROUPS:
+    elif wanted in CHOICES:
         _show(f"{wanted}: {_how(wanted)}", _option_rows(wanted))
     else:
         raise ConfigError(
-            f"kdcli ls {wanted}: there is no such group; {suggest(wanted, ['recipe', *GROUPS], limit=20)}"
+            f"kdcli ls {wanted}: there is no such group; {suggest(wanted, ['recipe', *CHOICES], limit=20)}"
         )
     return 0
 

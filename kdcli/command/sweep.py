@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kdcli.command import runs, sweep_table
 from kdcli.command.compose import compose, explain, plain
 from kdcli.errors import ConfigError, Interrupted, KDError
+from kdcli.report._summary import log_gap_closed
 from kdcli.store import atomic, metrics, status
 
 RECORD = ".job.json"  # in a job's folder: what it was asked, and how it ended
@@ -56,6 +57,8 @@ def run(app: Hydra, verb: str, overrides: Sequence[str], adjust: Callable[[dict[
         if not rows:
             _remove_empty(folder)
     atomic.write_json(folder / "sweep.json", rows)
+    if groups := sweep_table.means(rows):
+        atomic.write_json(folder / "means.json", groups)
     sweep_table.show(rows, folder)
     if interrupted:
         raise Interrupted(2, f"sweep stopped; the same command goes on with it (folder {folder})")
@@ -132,6 +135,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
                 "step": state.get("step", 0),
                 "folder": str(file.parent),
                 "metrics": _last(file.parent),
+                "closed": _closed(file.parent),
             }
         )
     return sorted(rows, key=lambda row: row["number"])
@@ -143,6 +147,21 @@ def _last(run_dir: Path) -> dict[str, float]:
     for line in metrics.read(run_dir):
         last |= {key: value for key, value in line.items() if key.startswith(("loss/", "eval/"))}
     return last
+
+
+def _closed(run_dir: Path) -> dict[str, float]:
+    """Share of the gap to the teacher that the run closed, per evaluation: of log perplexity, over all domains."""
+    found: dict[str, float] = {}
+    lines = metrics.read(run_dir)
+    keys = {key for line in lines for key in line if key.startswith("eval/") and key.endswith("/all/teacher_ppl")}
+    for key in sorted(keys):
+        name = key.removeprefix("eval/").removesuffix("/all/teacher_ppl")
+        said = [line for line in lines if key in line]
+        ppl = key.replace("teacher_ppl", "ppl")
+        share = log_gap_closed(said[0].get(ppl), said[-1].get(ppl), said[-1][key])
+        if len(said) > 1 and share is not None:
+            found[name] = share
+    return found
 
 
 def _remove_empty(folder: Path) -> None:

@@ -62,6 +62,11 @@ def gap_closed(before: float | None, after: float | None, goal: float | None) ->
     return (before - after) / (before - goal)
 
 
+def log_gap_closed(before: float | None, after: float | None, goal: float | None) -> float | None:
+    """`gap_closed` of the logarithms of three perplexities."""
+    return gap_closed(_log(before), _log(after), _log(goal))
+
+
 def _groups(first: Evaluation, last: Evaluation) -> dict[str, list[_Column]]:
     """Heading of a group -> its columns, the most wanted group first."""
     old, new = first.metrics, last.metrics
@@ -75,8 +80,8 @@ def _groups(first: Evaluation, last: Evaluation) -> dict[str, list[_Column]]:
         return [_Column("before", shown(old, key, form)), _Column("after", shown(new, key, form), "bold")]
 
     def log_gap(domain: str) -> Text:
-        before, after = _log(old.get(f"{domain}/ppl")), _log(new.get(f"{domain}/ppl"))
-        return _share(gap_closed(before, after, _log(new.get(f"{domain}/teacher_ppl"))))
+        before, after = old.get(f"{domain}/ppl"), new.get(f"{domain}/ppl")
+        return _share(log_gap_closed(before, after, new.get(f"{domain}/teacher_ppl")))
 
     def kl_gap(domain: str) -> Text:
         return _share(gap_closed(old.get(f"{domain}/kl"), new.get(f"{domain}/kl"), 0.0))
