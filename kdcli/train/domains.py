@@ -125,7 +125,7 @@ class Domains(Stateful):
 
     def _measured(self, step: int) -> dict[str, DomainLoss]:
         found = self.probe(step) if self.probe else dict.fromkeys(self.weights, DomainLoss(student=math.nan))
-        for name, loss in found.items() if self.probe else ():
+        for name, loss in found.items() if self.probe and self.probe.scores_student else ():
             odd = [field for field, value in asdict(loss).items() if value is not None and not math.isfinite(value)]
             if odd:
                 log.warning("step %d: the probe of domain %s is not finite (%s)", step, name, ", ".join(odd))
@@ -141,7 +141,7 @@ class Domains(Stateful):
 
     def _told(self, losses: Mapping[str, DomainLoss]) -> dict[str, float]:
         """Metrics of a probe."""
-        if self.probe is None:
+        if self.probe is None or not self.probe.scores_student:
             return {}
         metrics = {"probe/seconds": self.probe.seconds}
         for name, loss in losses.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ from kdcli.train.distiller import Distiller
 from kdcli.train.heldout import HeldOut
 from kdcli.train.scorer import Scorer
 
-OF_TEACHER = frozenset({"teacher", "teacher_per_byte", "kl"})
+CONSTANT = frozenset({"teacher", "teacher_per_byte"})  # what training does not change
+OF_TEACHER = CONSTANT | {"kl"}
 PROBED = OF_TEACHER | {"student", "student_per_byte", "alignment"}  # the fields of DomainLoss that need a probe
 
 
@@ -35,7 +37,8 @@ class Probe:
         kl                 KL(teacher || student), nats per target
         alignment          of the domain's gradient with those of the others (kdcli.train.alignment)
 
-    Perplexities are over each model's own vocabulary. The student is always scored. The teacher's half is computed
+    Perplexities are over each model's own vocabulary. The student is scored unless only the teacher's half is asked for
+    (its `student` is nan then: the scheduler goes by training losses). The teacher's half is computed
     once and kept, in `teacher` and in `file`, with what it depends on; after that the teacher runs for `kl`, and for
     `alignment` if the objectives need it.
     """
@@ -53,6 +56,7 @@ class Probe:
     ) -> None:
         self.held_out = held_out
         self.signals = signals & PROBED
+        self.scores_student = not self.signals <= CONSTANT
         self.distiller, self.engine, self.scorer = distiller, engine, scorer
         self.file, self.source = file, source  # `source`: what the teacher's half depends on besides the rows
         self.foreign = distiller.foreign and bool(self.signals & OF_TEACHER)
@@ -68,7 +72,8 @@ class Probe:
         try:
             if self.teacher is None and self.signals & OF_TEACHER:
                 self.teacher = self._read() or self._write(self._score_teacher(step))
-            found = self._score_student(step)
+            unknown = {"student": dict.fromkeys(self.held_out.rows, math.nan)}
+            found = self._score_student(step) if self.scores_student else unknown
             if "alignment" in self.signals:
                 found["alignment"] = alignments(self.distiller, self.engine, self.held_out, lambda: self._pause(step))
         finally:
