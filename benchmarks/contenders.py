@@ -23,7 +23,7 @@ from kdcli.train.distiller import Distiller
 
 Step = Callable[[Batch], Tensor]  # leaves gradients in the student's parameters and returns the loss, a mean
 
-SFT, FLOOR = "SFT", "SFT, then the teacher's forward"
+SFT, FLOOR, PLAIN = "SFT", "SFT, then the teacher's forward", "plain torch"
 TOP = f"cached top-{formulas.TOP_K} forward KL"
 OBJECTIVES: dict[str, tuple[type[Objective], Formula]] = {
     "forward KL": (ForwardKL, formulas.forward_kl),
@@ -57,7 +57,7 @@ def contenders(pair: Pair, batch: Batch, objectives: Iterable[str] = OBJECTIVES)
         sparse = name == TOP
         found.append(
             Contender(
-                tool="plain torch",
+                tool=PLAIN,
                 objective=name,
                 dense=True,
                 step=_plain_sparse(pair, cached) if sparse else _plain(pair, formula),

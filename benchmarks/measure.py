@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import OBJECTIVES, TOP, Contender, Step, reference
+from benchmarks.contenders import OBJECTIVES, PLAIN, TOP, Contender, Step, reference
 from benchmarks.models import Pair
 from benchmarks.probes import exact, seconds
 from kdcli.api import Batch
 
-# Relative, of the gradient in the Euclidean norm. Total variation's jumps where rounding swaps p and q.
+# Relative, of the gradient in the Euclidean norm. Total variation's jumps where rounding swaps p and q; in bfloat16 it
+# jumps often, so that twice plain torch's own error is allowed too.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 Row = dict[str, Any]
 
@@ -35,6 +36,7 @@ def measure(pair: Pair, jobs: Sequence[Job], rounds: int, device: torch.device) 
     for objective in dict.fromkeys(job.contender.objective for job in jobs):
         mine = [job for job in jobs if job.contender.objective == objective]
         expected = _expected(pair, mine[0].batch, objective) if objective else None
+        allowed = TOLERANCE[pair.student.head.weight.dtype]
         for job in mine:
             contender = job.contender
             row: Row = {"tool": contender.tool, "objective": objective} | _size(pair, job.batch, objective)
@@ -46,7 +48,12 @@ def measure(pair: Pair, jobs: Sequence[Job], rounds: int, device: torch.device) 
             row |= vars(exact(steps[contender.name], device))
             row["loss"] = loss[0]
             if expected is not None:
-                row |= _held(loss[0], _gradient(pair), *expected)
+                row |= _errors(loss[0], _gradient(pair), *expected)
+                if contender.tool == PLAIN and pair.student.head.weight.dtype is not torch.float32:
+                    allowed = max(allowed, 2 * row["gradient_error"])
+                row["allowed"] = allowed
+                if max(row["loss_error"], row["gradient_error"]) > allowed:
+                    row["void"] = "differs from the float64 reference"
             rows[contender.name] = row
     for name, taken in _in_turns(steps, rounds, device).items():
         middle = statistics.median(taken)
@@ -68,14 +75,12 @@ def _expected(pair: Pair, batch: Batch, objective: str) -> tuple[float, Tensor]:
     return loss, _gradient(pair)
 
 
-def _held(loss: float, gradient: Tensor, true_loss: float, true_gradient: Tensor) -> Row:
-    """Errors next to float64, and `void` where they are more than rounding."""
-    errors = {
+def _errors(loss: float, gradient: Tensor, true_loss: float, true_gradient: Tensor) -> Row:
+    """Relative, next to float64."""
+    return {
         "loss_error": abs(loss - true_loss) / abs(true_loss),
         "gradient_error": float((gradient - true_gradient).norm() / true_gradient.norm()),
     }
-    allowed = TOLERANCE[gradient.dtype]
-    return errors | ({"void": "differs from the float64 reference"} if max(errors.values()) > allowed else {})
 
 
 def _in_turns(steps: Mapping[str, Any], rounds: int, device: torch.device) -> dict[str, list[float]]:
