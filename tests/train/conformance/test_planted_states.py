@@ -63,10 +63,10 @@ class PaddingAveraged(HiddenMSE):
 
 
 class BatchNormalised(HiddenMSE):
-    """The teacher's states are divided by their standard deviation in the micro-batch (DSKD's attention)."""
+    """The teacher's states are divided by their root mean square in the micro-batch (DSKD's attention)."""
 
     def compared(self, batch: Batch, ours: Tensor, theirs: Tensor) -> Tensor:
-        return super().compared(batch, ours, theirs / theirs[batch.mask].std())
+        return super().compared(batch, ours, theirs / theirs[batch.mask].square().mean().sqrt())
 
 
 class FrozenMap(HiddenMSE):
