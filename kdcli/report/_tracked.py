@@ -15,14 +15,14 @@ from kdcli.store import atomic
 from kdcli.store.log import SECRET_NAME, redact
 
 
-def require(option: str, module: str) -> None:
+def require(option: str, module: str, *, extra: str = "track") -> None:
     """Raise ConfigError if a reporter's library is not installed."""
     try:
         found = importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # of a parent package
         found = False
     if not found:
-        raise ConfigError(f'report={option} needs {module}, which is not installed: `pip install "kdcli[track]"`')
+        raise ConfigError(f'report={option} needs {module}, which is not installed: `pip install "kdcli[{extra}]"`')
 
 
 def library(module: str) -> Any:
