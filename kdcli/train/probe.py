@@ -161,8 +161,9 @@ def problem_of(signals: frozenset[str], teacher: Teacher, *, foreign: bool = Fal
     """Why a teacher cannot give what signals ask for, as a sentence."""
     needed = Need.LOGPROBS if signals & OF_TEACHER else Need.NOTHING
     needed |= Need.DISTRIBUTION if "kl" in signals else Need.NOTHING
-    if needed & ~teacher.provides:
-        return f"it compares the student with a teacher, which {type(teacher).__name__} is none; set teacher=hf"
+    if lacking := needed & ~teacher.provides:
+        words = " and ".join(str(flag.name).lower() for flag in lacking)
+        return f"it needs the teacher's {words}, which {type(teacher).__name__} does not provide; set teacher=hf"
     if foreign and "kl" in signals:
         return "it reads the KL to the teacher, which exists only where both models have one tokenizer"
     return None

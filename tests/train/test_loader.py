@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcli.api import Batch
@@ -30,8 +31,8 @@ def rows(name: str, count: int) -> list[Row]:
 DATA = {"code": rows("code", 17), "math": rows("math", 5), "prose": rows("prose", 3)}
 
 
-def loader(**settings: Any) -> Loader:
-    given_settings = {"batch_size": 8, "micro_size": 2, "pad_id": 0, "seed": 1, "weights": WEIGHTS, **settings}
+def loader(**changes: Any) -> Loader:
+    given_settings = {"batch_size": 8, "micro_size": 2, "pad_id": 0, "seed": 1, "weights": WEIGHTS, **changes}
     return Loader(given_settings.pop("rows", DATA), **given_settings)
 
 
@@ -92,6 +93,63 @@ def test_domains_are_drawn_by_weight() -> None:
     for name, weight in WEIGHTS.items():
         assert counts[name] / 20_000 == pytest.approx(weight, abs=0.011)
     assert one.drawn == dict(counts)
+
+
+def test_hamilton_gives_each_domain_its_rows_rounded_up_or_down() -> None:
+    one = loader(quota="hamilton", batch_size=20, micro_size=20)
+    for step in range(50):
+        counts = Counter(name for batch in one.next(step) for name in batch.domain)
+        for name, weight in WEIGHTS.items():
+            assert math.floor(20 * weight - 1e-9) <= counts[name] <= math.ceil(20 * weight + 1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    shares=st.lists(st.floats(0.001, 1.0), min_size=3, max_size=3),
+    batch_size=st.integers(1, 9),
+    seed=st.integers(0, 1000),
+)
+def test_hamilton_keeps_the_long_run_share_of_small_domains(shares: list[float], batch_size: int, seed: int) -> None:
+    """After 400 steps no domain is five rows from steps x batch x weight; independent draws would be off by ten."""
+    weights = dict(zip(WEIGHTS, shares, strict=True))
+    one = loader(quota="hamilton", batch_size=batch_size, micro_size=batch_size, weights=weights, seed=seed)
+    for step in range(400):
+        one.next(step)
+    for name, share in one.weights.items():
+        assert one.drawn[name] == pytest.approx(400 * batch_size * share, abs=5)
+
+
+def test_hamilton_is_a_function_of_the_seed_the_step_and_the_weights() -> None:
+    """Whatever came before, and for any number of ranks."""
+    one, other = loader(quota="hamilton"), loader(quota="hamilton", weights={"code": 0, "math": 1, "prose": 1})
+    ranks = [loader(quota="hamilton", rank=rank, world_size=2) for rank in range(2)]
+    for step in range(3):
+        whole = keys(one.next(step))
+        parts = [keys(rank.next(step)) for rank in ranks]
+        assert [parts[turn % 2][turn // 2] for turn in range(4)] == whole
+        other.next(step)
+    other.weights = WEIGHTS
+    assert one._domains(7) == other._domains(7)
+    of_seeds = [[loader(quota="hamilton", seed=seed)._domains(step) for step in range(20)] for seed in (1, 2)]
+    assert of_seeds[0] == [one._domains(step) for step in range(20)] != of_seeds[1]
+
+
+def test_weights_come_back_to_the_last_bit() -> None:
+    one = loader(weights={"code": 0.1, "math": 0.7, "prose": 0.1})
+    odd = {"code": 0.6, "math": 0.3, "prose": 0.1}  # in floating point they sum to a little less than 1
+    state = one.state_dict() | {"weights": odd}
+    one.load_state_dict(state)
+    assert one.weights == odd
+    one.weights = odd
+    assert one.weights != odd, "else this test would show nothing"
+
+
+def test_small_domains_wrap_around_by_themselves() -> None:
+    """Prose has 3 rows: it is in its third epoch while code is in its first, and each epoch has each row once."""
+    one = loader(quota="hamilton", batch_size=4, micro_size=4, weights={"code": 0.5, "math": 0.0, "prose": 0.5})
+    drawn = [name for step in range(4) for batch in one.next(step) for name in batch.row if "prose" in name]
+    assert sorted(drawn[:3]) == sorted(drawn[3:6]) == ["prose0", "prose1", "prose2"]
+    assert one.epochs == {"code": 8 / 17, "math": 0.0, "prose": 8 / 3}
 
 
 def test_a_domain_of_weight_zero_is_never_drawn_and_may_be_empty() -> None:
