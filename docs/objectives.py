@@ -89,7 +89,7 @@ def formula(name: str, config: dict[str, Any], objective: Objective) -> str:
         changed = [f"`{key}={value}`" for key, value in config.items() if plain.get(key) != value]
         return f"{module} with {', '.join(changed)}".replace("|", "\\|")
     paragraphs = inspect.cleandoc(type(objective).__doc__ or "").split("\n\n")
-    first = re.sub(r" \(METHODS \w+\)", "", " ".join(paragraphs[0].split()))
+    first = " ".join(paragraphs[0].split())
     if len(paragraphs) > 1 and paragraphs[1].startswith("  "):
         lines = inspect.cleandoc("\n" + paragraphs[1]).splitlines()
         return "<br>".join([escaped(first), *map(equation, lines)])

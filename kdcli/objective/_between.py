@@ -24,6 +24,6 @@ def between(which: Between, log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> 
 
 
 def check_beta(what: str, beta: float) -> None:
-    """Raises ConfigError unless 0 < beta < 1, outside of which generalized_jsd is no divergence (METHODS D2)."""
+    """Raises ConfigError unless 0 < beta < 1, outside of which generalized_jsd is no divergence."""
     if not 0 < beta < 1:
         raise ConfigError(f"{what}: beta is {beta}; set a share strictly between 0 and 1, or divergence=forward_kl")

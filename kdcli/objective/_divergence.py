@@ -23,7 +23,7 @@ class DivergenceSettings(TemperedSettings, total=False):
 class Divergence(Tempered):
     """D(p, q) per target, where a sparse teacher's p and q are over its K ids and "the rest".
 
-    `missing` says what the rest is, where a teacher gives K ids only (METHODS D11): `tail`, one symbol more, so that
+    `missing` says what the rest is, where a teacher gives K ids only: `tail`, one symbol more, so that
     an f-divergence is a lower bound of the dense one; `renormalize`, left out on both sides, which then compare what
     is given that it is one of the K; `teacher_only`, of probability 0 to the teacher, whose K are renormalized, and
     one symbol of the student's. DistillKit calls them SYMMETRIC_UNIFORM, none, ZERO; TRL's `add_tail` is tail or

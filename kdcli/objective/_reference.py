@@ -28,7 +28,7 @@ class Referenced(Ranked):
 
     `reference`: `student`, the student as it began (the papers' choice); `teacher`, which makes the loss one of
     distillation, as it keeps the student near the teacher; `none`, r = log pi. `beta` says how much r counts.
-    `length_normalize` takes the mean over the answer's targets in place of the sum (METHODS D19). Raises ConfigError
+    `length_normalize` takes the mean over the answer's targets in place of the sum. Raises ConfigError
     if beta is not positive.
     """
 

@@ -100,7 +100,7 @@ def teacher_targets(batch: Batch) -> Tensor:
 
 
 def heads(batch: Batch, student: StudentOutput, teacher: TeacherSignal, what: str) -> tuple[Head, Head]:
-    """The heads of student and teacher: of a shared tokenizer both cut to the ids that both have (METHODS D13).
+    """The heads of student and teacher: of a shared tokenizer both cut to the ids that both have.
 
     Raises ConfigError, in the name of the objective `what`, for a teacher without logits.
     """

@@ -19,7 +19,7 @@ from kdcli.ops.support import Missing
 
 class DistiLLM2(Tempered):
     """(2 - beta) KL(p || alpha p + (1 - alpha) q) on targets of teacher text, beta KL(q || (1 - alpha) p + alpha q)
-    with the mixture held fixed (METHODS D8) on targets of student text.
+    with the mixture held fixed on targets of student text.
 
     Student text is what a preference row has as `rejected`; all other text counts as the teacher's. `alpha` and
     `beta` are the official code's, which averages over an answer's targets, then over pairs: `reduction: sequence`,

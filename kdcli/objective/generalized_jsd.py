@@ -14,7 +14,7 @@ from kdcli.ops import divergence
 class GeneralizedJSD(Divergence):
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; beta weights the teacher.
 
-    DistiLLM's `lam` is 1 - beta. At the ends the paper's formula is 0 everywhere (METHODS D2), so beta must lie
+    DistiLLM's `lam` is 1 - beta. At the ends the paper's formula is 0 everywhere, so beta must lie
     strictly between 0 and 1: raises ConfigError, naming forward_kl and reverse_kl.
     """
 

@@ -35,7 +35,7 @@ class GOLD(Tempered):
     TRL's `beta` of 0 and 1 is forward_kl and reverse_kl. The number stands at the span's first target, and
     `reduction: sequence` is TRL's mean.
 
-    Departs from TRL: `observed` reads the predictions of the tokens, and not those of their successors (METHODS D16);
+    Departs from TRL: `observed` reads the predictions of the tokens, and not those of their successors;
     the matched ids of D come with one more symbol for all else that could have stood there, without which P and Q do
     not sum to one and D falls below 0; ids match by bytes and not by how a tokenizer writes them; nothing is held
     above 1e-8; one temperature. Needs the whole vocabulary: raises ConfigError for a teacher that gives top-k only,

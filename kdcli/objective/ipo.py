@@ -13,7 +13,7 @@ class IPO(Referenced, Pairwise):
     """(h - 1 / (2 beta))^2, h = r_better - r_worse, r = log pi - log pi_ref: a margin to reach, not to exceed.
 
     `beta` is the paper's tau. Sums log-probabilities over an answer, as the paper and the original code do; TRL and
-    HALOs take the mean over its targets (`length_normalize`, METHODS D19). In a scored group the mean over its pairs.
+    HALOs take the mean over its targets (`length_normalize`). In a scored group the mean over its pairs.
     """
 
     def pair_loss(

@@ -23,7 +23,7 @@ class PolicyGradient(Objective):
         rho_t = exp(log q - log q_old), q_old the policy that wrote the text (1 where the batch does not say)
 
     Over text that the student writes, the expected gradient is that of KL(q || p): of each target's at discount 0, of
-    the sequence's at discount 1. A is always held fixed (METHODS D20). The value is a surrogate, and need not fall.
+    the sequence's at discount 1. A is always held fixed. The value is a surrogate, and need not fall.
 
     As on-policy distillation (the defaults): `coef` is tinker's `kl_penalty_coef`, `discount` its
     `kl_discount_factor`; `is_clip` bounds rho from above, held fixed as a weight of log q (TRL's SDPO has 2).

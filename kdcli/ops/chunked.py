@@ -26,7 +26,7 @@ ChunkLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor, list[Tensor]]]
 def head_loss(hidden: Tensor, head: Head, loss: ChunkLoss, chunk: int, parameters: tuple[Tensor, ...] = ()) -> Tensor:
     """Sum of `loss` over the targets: hidden [N, D] -> (), with a graph to hidden, the head and `parameters`.
 
-    With N = 0 the result is 0 with a graph (METHODS D15).
+    With N = 0 the result is 0 with a graph.
     """
     return _HeadLoss.apply(hidden, head.weight, head.bias, head, loss, chunk, *parameters)  # pyright: ignore
 

@@ -1,9 +1,9 @@
 """Divergences of log-probabilities: p is the teacher, q the student, natural logarithm, no reduction, no T squared.
 
 Every function maps log_p, log_q [..., S] (each sums to one over S, which is the vocabulary or a common support of
-K + 1 symbols) to values [...]. Ids of probability zero (-inf) must be cut away before (METHODS D14).
+K + 1 symbols) to values [...]. Ids of probability zero (-inf) must be cut away before.
 
-`*_gradient` are closed forms (METHODS section 9): the value and its gradient with respect to the student's logits
+`*_gradient` are closed forms: the value and its gradient with respect to the student's logits
 z, where log_q = log_softmax(z): q * (g - <q, g>) with g = d value / d q.
 """
 
@@ -72,7 +72,7 @@ def adaptive_kl_gradient(log_p: Tensor, log_q: Tensor, mu: float = 0.5) -> Value
 def generalized_jsd(log_p: Tensor, log_q: Tensor, beta: float = 0.5) -> Tensor:
     """beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q, 0 < beta < 1: beta weights the teacher.
 
-    GKD, arXiv:2306.13649, eq. 1. Tends to 0 and not to a KL at the ends (METHODS D2)."""
+    GKD, arXiv:2306.13649, eq. 1. Tends to 0 and not to a KL at the ends."""
     log_m = _log_mixture(log_p, log_q, beta)
     return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
 

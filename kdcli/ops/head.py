@@ -13,7 +13,7 @@ from torch import Tensor
 class Head:
     """logits = softcap(scale * (hidden @ weight.T + bias)), over the real ids only.
 
-    `vocab_size` cuts the padded rows of an embedding before any softmax (METHODS D13): they are not tokens.
+    `vocab_size` cuts the padded rows of an embedding before any softmax: they are not tokens.
     """
 
     weight: Tensor  # [V', D], V' >= vocab_size

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x < 0, with finite gradients (Maechler 2012, METHODS 7).
+    """log(1 - exp(x)) for x < 0, with finite gradients (Maechler 2012).
 
     log(-expm1(x)) above -log 2, where exp(x) is near 1; log1p(-exp(x)) below, where it is near 0.
     """

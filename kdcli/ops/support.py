@@ -1,4 +1,4 @@
-"""A common support for teacher and student: the vocabulary, or K cached ids and "the rest" (METHODS D11).
+"""A common support for teacher and student: the vocabulary, or K cached ids and "the rest".
 
 S = V for a dense teacher; for a sparse one S = K + 1, or K where the rest is left out or there is none.
 """
