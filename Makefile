@@ -24,7 +24,7 @@ quickstart: $(STAMP)  ## distill a real language model on this machine: about 3 
 	@$(BIN)/kdcli distill +recipe=quickstart && echo "         (kdcli is $(BIN)/kdcli; \`. $(BIN)/activate\` puts it on your path)"
 
 test: $(STAMP)        ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
 
 check: $(STAMP)       ## style, types, layers
 	$(BIN)/ruff check .
