@@ -54,7 +54,7 @@ def of_data(data: Data, terms: Mapping[str, Objective], source: str, given: Need
     problems = [
         f"{where}: {type(term).__name__} needs {_rows(lacking)}, of which the data ({source}) have none; add some, or "
         "choose an objective that does without, such as "
-        + named(alternatives(lambda o, lacking=lacking: not o.columns & lacking and not o.needs & ~given))
+        + named(alternatives(lambda o, there=_there(term, seen): o.columns <= there and not o.needs & ~given))
         for where, term in wanting.items()
         if (lacking := _lacking(term, seen))
     ]
@@ -123,9 +123,15 @@ def _look(data: Data, terms: Collection[Objective], seen: _Seen, *, limit: int |
 
 
 def _lacking(term: Objective, seen: _Seen) -> frozenset[str]:
-    """The columns that no row of the term's domains has."""
-    domains = [name for name in seen.columns if not term.domains or name in term.domains]
-    return term.columns.difference(*(seen.columns[name] for name in domains))
+    """The columns that a term wants, and that no row of its domains has."""
+    return term.columns - _there(term, seen)
+
+
+def _there(term: Objective, seen: _Seen) -> frozenset[str]:
+    """The columns that some row of the term's domains has."""
+    return frozenset().union(
+        *(found for name, found in seen.columns.items() if not term.domains or name in term.domains)
+    )
 
 
 def _rows(lacking: frozenset[str]) -> str:
