@@ -54,9 +54,10 @@ def of_data(data: Data, terms: Mapping[str, Objective], source: str, given: Need
     problems = [
         f"{where}: {type(term).__name__} needs {_rows(lacking)}, of which the data ({source}) have none; add some, or "
         "choose an objective that does without, such as "
-        + named(alternatives(lambda o, there=_there(term, seen): o.columns <= there and not o.needs & ~given))
+        + named(alternatives(lambda o, there=there: o.columns <= there and not o.needs & ~given))
         for where, term in wanting.items()
-        if (lacking := _lacking(term, seen))
+        for there in [_there(term, seen)]
+        if (lacking := term.columns - there)
     ]
     return problems + [
         f"{where}: {type(term).__name__} compares every position of the models, but {seen.teacher_prompt} has a "
