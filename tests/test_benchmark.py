@@ -78,7 +78,7 @@ def test_what_is_not_installed_has_a_row_that_says_so(capsys: pytest.CaptureFixt
 
 
 def test_the_losses_of_w6_run_at_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "W6", [(24, 0, True), (48, 0, False)])
+    monkeypatch.setattr(loss, "W6", [(24, 0, ["JSD"]), (48, 0, [])])
     monkeypatch.setattr(loss, "W6_VOCABULARY", 500)
     found = loss.losses(CPU, 0)
     assert [next(iter(rows.values()))["targets"] for rows in found.values()] == [24, 48]
