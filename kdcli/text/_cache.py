@@ -91,10 +91,12 @@ def bundling_plan(file: Path, segments: Segments) -> tuple[np.ndarray, np.ndarra
 
 
 def _kept(file: Path, plan: Callable[[], tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    if not file.exists():
-        order, starts = plan()
-        buffer = io.BytesIO()
-        np.savez(buffer, order=order, starts=starts)
-        atomic.write_bytes(file, buffer.getvalue())
-    with np.load(file, allow_pickle=False) as arrays:
-        return arrays["order"], arrays["starts"]
+    """Memory-mapped, as the segments are."""
+    files = [file.with_name(f"{file.name}.{part}.npy") for part in ("order", "starts")]
+    if not all(one.exists() for one in files):
+        for one, numbers in zip(files, plan(), strict=True):
+            buffer = io.BytesIO()
+            np.save(buffer, numbers)
+            atomic.write_bytes(one, buffer.getvalue())
+    order, starts = (np.load(one, mmap_mode="r", allow_pickle=False) for one in files)
+    return order, starts

@@ -87,9 +87,9 @@ def encode(
             segments = Segments(folder / f"{number}.arrow", name)
             plan = None
             if packing:
-                plan = packing_plan(folder / f"{number}.plan.npz", segments, max_length)
+                plan = packing_plan(folder / f"{number}.plan", segments, max_length)
             elif bundled:
-                plan = bundling_plan(folder / f"{number}.rows.npz", segments)
+                plan = bundling_plan(folder / f"{number}.rows", segments)
             rows[name] = TokenRows(segments, plan, bundled=bool(bundled))
     _check(report, max_length)
     return rows, report
