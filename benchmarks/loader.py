@@ -1,4 +1,4 @@
-"""What a step's rows cost: the loader over memory-mapped rows, from ten thousand to ten million, in 10 to 1,000 domains.
+"""What a step's rows cost: the loader over 10,000 to 10 million memory-mapped rows in 10 to 1,000 domains.
 
     python -m benchmarks.loader [--steps 2000] [--json FILE]
 
@@ -116,7 +116,8 @@ def main() -> int:
     options = parser.parse_args()
     results: list[Row] = []
     print(
-        f"{'rows':>10} {'domains':>7} {'quota':>8} {'open s':>7} {'step ms':>8} {'tok/s':>9} {'held MiB':>8} {'touched':>8}"
+        f"{'rows':>10} {'domains':>7} {'quota':>8} {'open s':>7} {'step ms':>8} {'tok/s':>9} {'held MiB':>8} "
+        f"{'touched':>8}"
     )
     for domains, rows in SIZES:
         if rows > options.most:

@@ -58,7 +58,7 @@ class Domains(Stateful):
         names = list(self.weights)
         targets = {name: sums.get(f"domain/{name}/targets", 0.0) for name in names}
         coefficient, loss = dict.fromkeys(names, 0.0), {}
-        for name in names:
+        for name in filter(targets.get, names):
             for term, objective in self.terms.items():
                 share = sums.get(f"domain/{name}/share/{term}", 0.0)
                 if share > 0:
@@ -73,15 +73,15 @@ class Domains(Stateful):
         rows = {name: self.loader.drawn[name] - self._drawn[name] for name in names}
         shares = {"prompt_share": rows, "token_share": targets, "gradient_share": coefficient}
         totals = {key: math.fsum(values.values()) for key, values in shares.items()}
-        return {
-            f"domain/{name}/{key}": value
-            for name in names
-            for key, value in {
-                "weight": self.weights[name],
-                **({"loss": loss[name]} if name in loss else {}),
-                **{key: values[name] / totals[key] for key, values in shares.items() if totals[key]},
-            }.items()
-        }
+        metrics: dict[str, float] = {}
+        for name in names:
+            place = f"domain/{name}"
+            metrics[f"{place}/weight"] = self.weights[name]
+            if name in loss:
+                metrics[f"{place}/loss"] = loss[name]
+            for key, values in shares.items():
+                metrics[f"{place}/{key}"] = values[name] / totals[key] if totals[key] else 0.0
+        return metrics
 
     def update(self, step: int) -> None:
         """Measure and make new weights, if it is time to. A collective.
