@@ -17,9 +17,9 @@ from benchmarks.models import Pair
 from benchmarks.probes import exact, seconds
 from kdcli.api import Batch
 
-# Relative, of the gradient in the Euclidean norm. Total variation's jumps where rounding swaps p and q; in bfloat16 it
-# jumps often, so that twice plain torch's own error is allowed too.
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+# Relative, of the gradient in the Euclidean norm. Total variation's jumps where rounding swaps p and q (float32: 1e-3);
+# in bfloat16 it jumps often, so that twice plain torch's own error is allowed too.
+TOLERANCE = {torch.float32: 3e-3, torch.bfloat16: 5e-2}
 Row = dict[str, Any]
 
 
