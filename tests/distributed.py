@@ -28,7 +28,7 @@ def run_ranks(
     world_size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 60.0,
+    timeout: float = 240.0,
     env: dict[str, str] | None = None,
     join: bool = True,
 ) -> list[Any]:
@@ -47,7 +47,7 @@ def collect_ranks(
     world_size: int,
     function: Callable[..., Any],
     *arguments: Any,
-    timeout: float = 60.0,
+    timeout: float = 240.0,
     env: dict[str, str] | None = None,
     join: bool = True,
 ) -> list[tuple[bool, Any]]:

@@ -112,7 +112,7 @@ def heldout(folder: Path) -> dict[str, Any]:
     }
 
 
-def work(run_dir: Path, *, ranks: int = 1, fault: str = "", timeout: float = 60.0) -> list[Any]:
+def work(run_dir: Path, *, ranks: int = 1, fault: str = "", timeout: float = 240.0) -> list[Any]:
     """Each rank's exit code; None for a rank that was killed."""
     env = {"KDCLI_TESTING": "1", "KDCLI_FAULT": fault, "KDCLI_CACHE": str(run_dir.parent / "cache")}
     outcomes = collect_ranks(ranks, kdcli.worker.main, run_dir, timeout=timeout, env=env, join=ranks > 1)
