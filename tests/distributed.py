@@ -1,14 +1,22 @@
-"""Ranks for tests: children forked from a process that has imported everything, so a rank starts in milliseconds."""
+"""Ranks for tests: children of a server that has imported everything and has no threads, so each starts at once.
+
+Forking the tests' own process would hand on whatever an earlier test left in it, locks of its threads included: a
+rank then hangs now and then. Functions and arguments are therefore pickled; a rank sees the environment and the
+current folder of its caller.
+"""
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -17,11 +25,17 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (3 s of imports, before the fork)
+import dill
+import pytest
 import torch
 
-torch.set_num_threads(1)  # forked OpenMP threads would hang
+REPOSITORY = Path(__file__).resolve().parents[1]
+PRELOADED = ["pytest", "dill", "tests.toys", "tests.imported"]  # the seconds of a rank's start
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(PRELOADED)
+PATH = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+
+torch.set_num_threads(1)
 
 
 def run_ranks(
@@ -52,19 +66,22 @@ def collect_ranks(
     join: bool = True,
 ) -> list[tuple[bool, Any]]:
     """Like `run_ranks`, but each rank's outcome is told: (True, result) or (False, traceback or exit code)."""
-    assert not torch.distributed.is_initialized(), "an earlier test left a process group behind; a fork cannot use it"
-    context = multiprocessing.get_context("fork")
-    with tempfile.TemporaryDirectory() as folder:
-        pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
-        store = Path(folder) / "store" if join else None
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        task = _Task(
+            world_size,
+            Path(folder),
+            join,
+            timeout,
+            {**os.environ, **(env or {})},
+            os.getcwd(),
+            dill.dumps((function, arguments)),
+        )
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(world_size)]
         children = [
-            context.Process(
-                target=_child,
-                args=(rank, world_size, store, timeout, env or {}, sender, function, arguments),
-                daemon=False,
-            )
+            CONTEXT.Process(target=_child, args=(rank, task, sender), daemon=False)
             for rank, (_, sender) in enumerate(pipes)
         ]
+        patch.setenv("PYTHONPATH", PATH)  # for the server, which starts with the first child
         for child, (_, sender) in zip(children, pipes, strict=True):
             child.start()
             sender.close()
@@ -77,7 +94,27 @@ def collect_ranks(
             if child.is_alive():
                 child.kill()
                 child.join()
+        for stream in (1, 2):
+            for rank in range(world_size):
+                os.write(stream, task.output(rank, stream).read_bytes())
         return outcomes
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What every rank is told."""
+
+    world_size: int
+    folder: Path
+    join: bool
+    timeout: float
+    env: dict[str, str]
+    current: str
+    work: bytes
+
+    def output(self, rank: int, stream: int) -> Path:
+        """What a rank writes to stdout (1) or stderr (2), for its caller to show."""
+        return self.folder / f"{rank}.{stream}"
 
 
 def _outcome(child: Any, receiver: Connection, deadline: float) -> tuple[bool, Any]:
@@ -91,30 +128,30 @@ def _outcome(child: Any, receiver: Connection, deadline: float) -> tuple[bool, A
     return False, "still running at the timeout; killed"
 
 
-def _child(
-    rank: int,
-    world_size: int,
-    store: Path | None,
-    timeout: float,
-    env: dict[str, str],
-    sender: Connection,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
-    torch.set_num_threads(1)  # renews torch's pool after the fork; two threads doing so at once would crash
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), **env)
+def _child(rank: int, task: _Task, sender: Connection) -> None:
+    for stream in (1, 2):
+        with task.output(rank, stream).open("wb") as file:
+            os.dup2(file.fileno(), stream)
+    faulthandler.dump_traceback_later(max(1.0, task.timeout - 5), exit=False)  # where it hangs, if it does
+    torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(task.env, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(task.world_size))
+    os.chdir(task.current)
     try:
-        if store is not None:
+        if task.join:
             torch.distributed.init_process_group(
                 "gloo",
-                init_method=f"file://{store}",
+                init_method=f"file://{task.folder / 'store'}",
                 rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout),
+                world_size=task.world_size,
+                timeout=timedelta(seconds=task.timeout),
             )
+        function, arguments = dill.loads(task.work)  # noqa: S301 - from our own parent
         sender.send_bytes(pickle.dumps((True, function(*arguments))))
     except BaseException:
         sender.send_bytes(pickle.dumps((False, traceback.format_exc())))
     finally:
         sender.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(0)

@@ -1,4 +1,4 @@
-"""Tiny whole runs for tests: a run folder written by hand, and a worker forked from here, where all is imported."""
+"""Tiny whole runs for tests: a run folder written by hand, and a worker of them (tests/distributed.py)."""
 
 from __future__ import annotations
 
@@ -6,27 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pandas  # noqa: F401  (imported before the fork, with what follows: four of a run's five seconds)
-import transformers
-import transformers.optimization
 import yaml
-from transformers.models.llama import modeling_llama  # noqa: F401
 
-import kdcli.domain_scheduler.natural
-import kdcli.engine.zero
-import kdcli.evaluation.heldout
-import kdcli.objective.forward_kl
-import kdcli.rollout.dataset
-import kdcli.student.hf
-import kdcli.student_init.from_config
-import kdcli.teacher.hf
 import kdcli.worker
 from kdcli.store import metrics, status
 from tests.distributed import collect_ranks
 
 TEXT = "the cat sat on a mat and saw the dog that ran after a ball in the sun while it was still day"
 WORDS = TEXT.split()
-transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # noqa: B018  (lazy until named)
 VOLATILE = ("time", "tokens_per_second", "probe/seconds")
 
 

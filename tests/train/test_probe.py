@@ -176,10 +176,14 @@ def test_micro_batches_do_not_matter(micro_size: int, tmp_path: Path) -> None:
             assert getattr(loss, field) == pytest.approx(getattr(expected[name], field), rel=1e-4), (name, field)
 
 
+def asked(folder: Path, signals: set[str]) -> dict[str, DomainLoss]:
+    return probe(folder, signals)(0)
+
+
 def test_two_ranks_say_what_one_says(tmp_path: Path) -> None:
     signals = {"student", "teacher", "kl", "alignment"}
     alone = probe(tmp_path, signals)(0)
-    for found in run_ranks(2, lambda: probe(tmp_path, signals)(0)):
+    for found in run_ranks(2, asked, tmp_path, signals):
         for name, loss in found.items():
             for field in signals:
                 assert getattr(loss, field) == pytest.approx(getattr(alone[name], field), rel=1e-4), (name, field)

@@ -1,0 +1,27 @@
+"""What a worker of a tiny run imports: done once, by the server that ranks are forked from (tests/distributed.py)."""
+
+# ruff: noqa: F401, B018
+from __future__ import annotations
+
+import os
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import deepspeed
+import deepspeed.runtime.zero.muon.muon_optimizer
+import pandas
+import transformers
+import transformers.optimization
+from transformers.models.llama import modeling_llama
+
+import kdcli.domain_scheduler.natural
+import kdcli.engine.zero
+import kdcli.evaluation.heldout
+import kdcli.objective.forward_kl
+import kdcli.rollout.dataset
+import kdcli.student.hf
+import kdcli.student_init.from_config
+import kdcli.teacher.hf
+import kdcli.worker
+
+transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # lazy until named
