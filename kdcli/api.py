@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, Flag, auto
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from kdcli.ops.head import Head
 
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # from parameter groups
+Whole = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]  # Engine.whole
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
@@ -34,7 +36,7 @@ class Need(Flag):
     ATTENTION = auto()  # attention probabilities of the layers
     RELATIONS = auto()  # queries, keys and values of the layers
     REWARD = auto()  # a number per sequence
-    REFERENCE = auto()  # log-probabilities of the student as it began; the Distiller's to provide, not a teacher's
+    REFERENCE = auto()  # log-probabilities of a frozen reference: a teacher's, or else the student's as it began
 
 
 class Unit(Enum):
@@ -203,11 +205,22 @@ class TeacherView:
 
 @dataclass(kw_only=True)
 class TopK:
-    """The K likeliest next tokens per target; what is missing of the mass is the rest of the vocabulary's."""
+    """K next tokens per target; what is missing of the mass is the rest of the vocabulary's. An entry of
+    log-probability -inf stands for none, whatever its id."""
 
-    ids: Tensor  # [B, T, K]
+    ids: Tensor  # [B, T, K], distinct among those that stand for something
     logprobs: Tensor  # [B, T, K], natural logarithm, at `temperature`
     temperature: float = 1.0
+    sampled: bool = False  # drawn at random, logprobs those of count / draws; else the K likeliest
+
+
+@dataclass(kw_only=True)
+class Voice:
+    """One model of several whose distributions are mixed."""
+
+    weight: Tensor  # [B, T], of its distribution in the mixture; the voices' sum to 1 wherever there is a signal
+    hidden: Tensor  # [B, T, D] before the head
+    head: Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,7 +235,7 @@ class Relations:
 @dataclass(kw_only=True)
 class TeacherSignal:
     """What a teacher says of a batch; what nobody needs is None. Never dense logits of a whole batch:
-    `hidden` and `head` give them chunk by chunk, and `logits` is set only inside one chunk.
+    `hidden` and `head`, or `voices`, give them chunk by chunk, and `logits` is set only inside one chunk.
 
     All but `own_*` is at the student's positions, 0 where `TeacherView.position` is -1.
     """
@@ -230,6 +243,8 @@ class TeacherSignal:
     hidden: Tensor | None = None  # [B, T, D] before the head
     head: Head | None = None
     logits: Tensor | None = None  # [1, C, V] float32, of the chunk at hand
+    voices: tuple[Voice, ...] | None = None  # in place of `hidden` and `head`: logits are log sum_i weight_i p_i, or …
+    pool: Literal["probabilities", "logits"] = "probabilities"  # … sum_i weight_i logits_i
     topk: TopK | None = None
     logprobs: Tensor | None = None  # [B, T] of the targets
     hidden_states: tuple[Tensor, ...] | None = None  # [B, T, D] of embedding and layers; the last is normed
@@ -317,8 +332,9 @@ class Stateful:
         del state
 
 
-class Teacher(ABC):
-    """The frozen model one learns from. Weights are loaded by `load`, so that a config can be checked first."""
+class Teacher(Stateful, ABC):
+    """The model one learns from. Weights are loaded by `load`, so that a config can be checked first. State is what it
+    takes over from the student as that learns; a teacher that stays as it was has none."""
 
     provides: Need = Need.NOTHING
     tokenizer: Any = None  # a transformers tokenizer, from `load_tokenizer` on; None for `teacher=none`
@@ -329,6 +345,22 @@ class Teacher(ABC):
 
     def load(self, device: torch.device) -> None:
         """Load weights and tokenizer. Called once on every rank, before the first `annotate`."""
+
+    def place(self, engine: Engine) -> None:
+        """Where the model's parameters live among the ranks; called once, before `load`, on every rank."""
+        del engine
+
+    def fingerprint(self) -> str:
+        """A hash of all that changes what it says of given ids: weights, dtype, what wraps them. Needs no `load`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot tell itself from another teacher")
+
+    def follow(self, student: Student) -> None:
+        """See the student as it begins, with its weights, before the engine takes it over; called once."""
+        del student
+
+    def after_step(self, student: Student, step: int, whole: Whole) -> None:
+        """See the student after optimizer step `step` (1 is the first); on every rank."""
+        del student, step, whole
 
     def shape(self) -> ModelShape | None:
         """The model's shape, without loading weights; None where it has no layers to see."""
@@ -575,6 +607,17 @@ class Engine(ABC):
     @abstractmethod
     def gather(self, value: Any) -> list[Any]:
         """A small picklable object of every rank, on every rank, in rank order; a barrier too."""
+
+    def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        """Inside, each of `parameters` is whole on every rank, for reading. A collective."""
+        del parameters
+        return nullcontext()
+
+    def sharded(self, load: Callable[[], Any], dtype: torch.dtype) -> Any:
+        """What `load` builds, a transformers model in `dtype`, frozen, each parameter split over the ranks as it is
+        loaded and gathered while it is used, whatever this engine does with the student. A collective, as is every
+        pass through the model; its parameters are read inside `whole`."""
+        raise NotImplementedError(f"{type(self).__name__} cannot split a frozen model")
 
     @abstractmethod
     def save(self, folder: Path) -> None:

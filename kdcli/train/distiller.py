@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from kdcli.api import (
     StudentOutput,
     Teacher,
     TeacherSignal,
-    TopK,
+    Voice,
 )
 from kdcli.ops import divergence
 from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, rows_at_once, target_logprobs
@@ -62,8 +62,8 @@ class Distiller(nn.Module):
         self._teacher = [teacher]
         self.gathered_head = _GatheredHead(student, self.needs, objectives)
         # As the student begins: a checkpoint is loaded after this, and must not change what it is compared with.
-        reference = copy.deepcopy(student).eval().requires_grad_(False) if Need.REFERENCE in self.needs else None
-        self._reference = [reference]
+        own = Need.REFERENCE in self.needs & ~teacher.provides
+        self._reference = [copy.deepcopy(student).eval().requires_grad_(False) if own else None]
 
     @property
     def teacher(self) -> Teacher:
@@ -126,8 +126,8 @@ class Distiller(nn.Module):
 
     def _annotated(self, batch: Batch) -> TeacherSignal:
         """The teacher's signal, with the reference's log-probabilities where a term needs them."""
-        signal = self.teacher.annotate(batch, self.needs & ~Need.REFERENCE)
         reference = self._reference[0]
+        signal = self.teacher.annotate(batch, self.needs if reference is None else self.needs & ~Need.REFERENCE)
         if reference is None:
             return signal
         with torch.no_grad():
@@ -161,15 +161,16 @@ class Distiller(nn.Module):
 
         self.gathered_head(run, StudentOutput(hidden=hidden), hidden)
         empty = [hidden.new_zeros(0, dtype=torch.float32)]  # a batch without a target still has scores
-        known = columns if signal.head is not None else {"nll": columns["nll"]}
+        compared = signal.head is not None or signal.voices is not None
+        known = columns if compared else {"nll": columns["nll"]}
         return Scores(**{name: _spread(torch.cat(empty + values), batch.mask) for name, values in known.items()})
 
     def _shared(self, batch: Batch, signal: TeacherSignal) -> int | None:
         """The ids that both models have: vocabularies are cut to them before any softmax. None: each its own."""
         if self.foreign or (batch.teacher is not None and batch.teacher.foreign):
             return None
-        own = self.student.head.vocab_size
-        return own if signal.head is None else min(own, signal.head.vocab_size)
+        heads = [signal.head, *(voice.head for voice in signal.voices or ())]
+        return min(head.vocab_size for head in [self.student.head, *heads] if head is not None)
 
 
 def _fit(objectives: Mapping[str, Objective], student: Student, teacher: Teacher) -> None:
@@ -389,6 +390,9 @@ def _gather_signal(signal: TeacherSignal, mask: Tensor) -> TeacherSignal:
     return replace(
         signal,
         hidden=at(signal.hidden),
+        voices=None
+        if signal.voices is None
+        else tuple(replace(v, weight=v.weight[mask][None], hidden=v.hidden[mask][None]) for v in signal.voices),
         logprobs=at(signal.logprobs),
         reference_logprobs=at(signal.reference_logprobs),
         hidden_states=None,
@@ -403,7 +407,24 @@ def _window(signal: TeacherSignal, window: slice, vocab_size: int | None) -> Tea
     cut = _cut(signal, window)
     if signal.head is not None and signal.hidden is not None:
         cut.logits = signal.head.cut(vocab_size)(signal.hidden[:, window])
+    elif signal.voices is not None:
+        cut.logits = _mixed(signal.voices, signal.pool, window, vocab_size)
     return cut
+
+
+def _mixed(voices: Sequence[Voice], pool: str, window: slice, vocab_size: int | None) -> Tensor:
+    """Logits [1, C, V] of several models' mixture, one model's logits at a time."""
+    total: Tensor | None = None
+    for voice in voices:
+        weight = voice.weight[:, window].unsqueeze(-1)
+        logits = voice.head.cut(vocab_size)(voice.hidden[:, window])
+        if pool == "logits":
+            total = weight * logits if total is None else total.addcmul_(weight, logits)
+        else:
+            one = torch.log_softmax(logits, dim=-1).add_(weight.log())
+            total = one if total is None else torch.logaddexp(total, one)
+    assert total is not None, "a mixture has voices"
+    return total
 
 
 def _cut(signal: TeacherSignal, window: slice) -> TeacherSignal:
@@ -419,6 +440,6 @@ def _cut(signal: TeacherSignal, window: slice) -> TeacherSignal:
         reference_logprobs=at(signal.reference_logprobs),
         topk=None
         if topk is None
-        else TopK(ids=topk.ids[:, window], logprobs=topk.logprobs[:, window], temperature=topk.temperature),
+        else replace(topk, ids=topk.ids[:, window], logprobs=topk.logprobs[:, window]),
         reward=signal.reward,
     )

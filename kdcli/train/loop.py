@@ -77,6 +77,7 @@ def _advance(run: Run, here: Position) -> int:
     except NumericsError as error:
         raise NumericsError(f"step {step} at lr {lr:g}: {error}; {_way_out(run)}") from error
     run.schedules.observe(step, totals, counts)
+    run.distiller.teacher.after_step(run.student, step, engine.whole)
     seconds = time.monotonic() - began
     here.step, here.tokens, here.seconds = step, here.tokens + counts["tokens"], here.seconds + seconds
     here.out_of_time = bool(flags["flag/time"])

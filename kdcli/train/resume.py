@@ -36,6 +36,7 @@ def begin(run: Run) -> Position:
         run.rollout.load_state_dict(saved["rollout"])
         run.domains.load_state_dict(saved["domains"])
         run.schedules.load_state_dict(saved.get("schedules", {}))
+        run.distiller.teacher.load_state_dict(saved.get("teacher", {}))
     if first:
         MetricsLog(run.dir).cut(here.step if here.line is None else here.step - 1)
         checkpoint.abandon_after(run.checkpoints, here.step if found else -1)
@@ -54,6 +55,7 @@ def save(run: Run, here: Position) -> None:
         "rollout": run.rollout.state_dict(),
         "domains": run.domains.state_dict(),
         "schedules": run.schedules.state_dict(),
+        "teacher": run.distiller.teacher.state_dict(),
     }
     checkpoint.save(
         run.checkpoints,

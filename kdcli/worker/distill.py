@@ -1,0 +1,158 @@
+"""A rank of a distillation: data, models and objectives built from the config, then the loop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from kdcli.api import (
+    Data,
+    DomainScheduler,
+    Engine,
+    Evaluator,
+    Objective,
+    Reporter,
+    Rollout,
+    Student,
+    StudentInit,
+    Teacher,
+)
+from kdcli.config.build import build, build_schedules, build_terms, optimizer_factory, schedule_factory
+from kdcli.config.cross import share_ids
+from kdcli.errors import ConfigError
+from kdcli.store import atomic
+from kdcli.store.fault import fault
+from kdcli.store.tokens import Row
+from kdcli.text.tokenize import encode
+from kdcli.train.distiller import Distiller
+from kdcli.train.domains import Domains
+from kdcli.train.heldout import HeldOut, first_rows, hold_out
+from kdcli.train.interrupt import Interrupt
+from kdcli.train.loader import Loader
+from kdcli.train.loop import train
+from kdcli.train.probe import OF_TEACHER, PROBED, Probe, problem_of
+from kdcli.train.run import Run
+from kdcli.train.scheduling import Schedules
+from kdcli.train.scorer import Scorer
+from kdcli.worker.parts import close, digest, started
+
+log = logging.getLogger(__name__)
+
+
+def work(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None:
+    with started(config) as engine:
+        run = built(run_dir, config, engine, interrupt)
+        try:
+            exported = train(run)
+        finally:
+            close(run.reporters)
+    if engine.rank == 0:
+        print(f"\nstudent: {exported}\nnext:    {_next_command(run_dir, config)}", flush=True)
+
+
+def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: Interrupt) -> Run:
+    """Everything that a distillation needs, built from its config and loaded."""
+    section, batch = config["run"], config["batch"]
+    teacher, student = build(config["teacher"], Teacher), build(config["student"], Student)
+    begin = build(config["student_init"], StudentInit)
+    objectives = build_terms(config["objective"], Objective)
+    evaluations = build_terms(config.get("evaluation"), Evaluator)
+    reporters = list(build_terms(config.get("report"), Reporter).values()) if engine.rank == 0 else []
+    scheduler = build(config["domain_scheduler"], DomainScheduler)
+
+    tokenizer, other = student.load_tokenizer() or teacher.load_tokenizer(), teacher.load_tokenizer()
+    foreign = other is not None and not share_ids(other.get_vocab(), tokenizer.get_vocab())
+    if problem := problem_of(scheduler.signals, teacher, foreign=foreign):
+        raise ConfigError(f"domain_scheduler: {type(scheduler).__name__} cannot work: {problem}")
+    across = any(objective.cross_tokenizer for objective in objectives.values()) or scheduler.signals & OF_TEACHER
+    columns = {column for objective in objectives.values() for column in objective.columns}
+    fault("data.prepare", rank=engine.rank)
+    told = {"columns": columns, "teacher_tokenizer": other if foreign and across else None}
+    rows, held_out = _rows(run_dir, config, tokenizer, bool(scheduler.signals & PROBED), engine.rank, **told)
+    teacher.place(engine)
+    teacher.load(engine.device)
+    student.load(engine.device)
+    begin(student, teacher)
+    teacher.follow(student)
+    sizes = {name: len(part) for name, part in rows.items()}
+    loader = Loader(
+        rows,
+        batch_size=batch["size"],
+        micro_size=batch["micro_size"],
+        pad_id=student.tokenizer.pad_token_id or 0,
+        seed=section["seed"],
+        rank=engine.rank,
+        world_size=engine.world_size,
+        weights=scheduler.initial(sizes),
+        quota=scheduler.quota,
+    )
+    schedules = Schedules(build_schedules(config["objective"]), objectives, steps=section["steps"], epoch=loader.epoch)
+    distiller = Distiller(student, teacher, objectives, foreign=foreign)
+    engine.prepare(
+        distiller,
+        optimizer=optimizer_factory(config["optimizer"]),
+        lr_schedule=schedule_factory(config["lr_schedule"]),
+        micro_size=batch["micro_size"],
+    )
+    probe = None
+    if held_out is not None:
+        probe = Probe(
+            HeldOut(
+                held_out,
+                micro_size=config["probe"].get("micro_size") or batch["micro_size"],
+                pad_id=loader.pad_id,
+                rank=engine.rank,
+                world_size=engine.world_size,
+            ),
+            scheduler.signals,
+            distiller=distiller,
+            engine=engine,
+            scorer=Scorer(engine, student.tokenizer, interrupt),
+            file=run_dir / "probe.json",
+            source=digest({key: config[key] for key in ("teacher", "batch")}),
+        )
+    return Run(
+        **{key: value for key, value in section.items() if key != "dir"},
+        dir=run_dir,
+        distiller=distiller,
+        engine=engine,
+        loader=loader,
+        rollout=build(config["rollout"], Rollout),
+        domains=Domains(scheduler, loader, objectives, probe),
+        schedules=schedules,
+        evaluations=evaluations,
+        reporters=reporters,
+        interrupt=interrupt,
+        config=config,
+        note={"config": digest(config)},
+    )
+
+
+def _rows(
+    run_dir: Path, config: Mapping[str, Any], tokenizer: Any, probed: bool, rank: int, **told: Any
+) -> tuple[Mapping[str, Sequence[Row]], Mapping[str, Sequence[Row]] | None]:
+    """Each domain's training rows, and its held-out ones if something is to be measured on them."""
+    batch, probe = config["batch"], config.get("probe") or {}
+    lengths = {key: batch[key] for key in ("max_length", "overflow")}
+    rows, counts = encode(build(config["data"], Data), tokenizer, packing=batch["packing"], **lengths, **told)
+    log.info("data: %s", counts)
+    if rank == 0:
+        atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])
+    if not probed:
+        return rows, None
+    if probe.get("data") is None:
+        return hold_out(rows, probe["rows"])
+    of_their_own, _ = encode(build(probe["data"], Data), tokenizer, **lengths, **told)
+    return rows, first_rows(of_their_own, probe["rows"], list(rows))
+
+
+def _next_command(run_dir: Path, config: Mapping[str, Any]) -> str:
+    """Score the student on the held-out data of the run, or else look at its metrics."""
+    for name, node in (config.get("evaluation") or {}).items():
+        data = (node or {}).get("data") or {}
+        if name == "heldout" and data.get("path"):
+            return f"kdcli evaluate student.path={run_dir} evaluation.heldout.data.path={data['path']}"
+    return f"kdcli evaluate student.path={run_dir} evaluation.heldout.data.path=FILE.jsonl"
