@@ -120,6 +120,8 @@ def compose(app: Hydra, verb: str, overrides: Sequence[str], mode: RunMode = Run
         config = app.config_loader.load_configuration(verb, list(overrides), run_mode=mode)
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error, app, verb, overrides) from error
+    except ValueError as error:  # of Hydra's, for a number where the name of an option belongs
+        raise ConfigError(_unnamed(overrides) or " ".join(str(error).split())) from error
     HydraConfig.instance().set_config(config)
     return config
 
@@ -277,6 +279,16 @@ def _missing(error: MissingConfigException) -> str:
     if group == "recipe" or name.startswith("recipe/"):
         return f"+recipe={name.removeprefix('recipe/')}: there is no such recipe; {suggest(option, catalog.recipes())}"
     return f"{group}={option}: the group {group} has no such option; {suggest(option, error.options or [])}"
+
+
+def _unnamed(overrides: Sequence[str]) -> str:
+    """The choice in a group that is no name, in words."""
+    for one in OverridesParser.create().parse_overrides(list(overrides)):
+        group = one.key_or_group
+        if group in _choices() and not one.is_sweep_override() and not isinstance(one.value(), str | list | None):
+            known = catalog.options(group) if group in catalog.GROUPS else catalog.recipes()
+            return f"{group}={one.value()}: is not the name of an option; {suggest(str(one.value()), known)}"
+    return ""
 
 
 def _unknown_key(key: str, app: Hydra, verb: str, overrides: Sequence[str]) -> str:
