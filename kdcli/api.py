@@ -450,11 +450,16 @@ class Objective(nn.Module, ABC):
 
     def units(self, batch: Batch) -> Tensor:
         """Which units this objective has a number for, bool: [B, T], [E] or [G]. The Distiller leaves out what is not
-        supervised or of other domains. By default all, but of a preference pair's worse answer no target."""
+        supervised or of other domains. By default all, but of a preference pair's worse answer no target, and none
+        that the teacher's own prompt has no place for, if the teacher is asked about targets."""
         if self.unit is Unit.TOKEN:
-            if batch.rejected is None:
-                return torch.ones_like(batch.mask)
-            return ~batch.rejected[batch.segment.clamp(min=0)]
+            units = torch.ones_like(batch.mask)
+            if batch.rejected is not None:
+                units &= ~batch.rejected[batch.segment.clamp(min=0)]
+            view = batch.teacher
+            if view is not None and not view.foreign and self.needs & (Need.DISTRIBUTION | Need.LOGITS | Need.LOGPROBS):
+                units &= view.position >= 0
+            return units
         number = batch.num_sequences if self.unit is Unit.SEQUENCE else int(batch.groups().max()) + 1
         return torch.ones(number, dtype=torch.bool, device=batch.mask.device)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,7 @@ from kdcli.api import (
     StudentOutput,
     Teacher,
     TeacherSignal,
+    TeacherView,
     Unit,
 )
 from kdcli.objective.cross_entropy import CrossEntropy
@@ -423,3 +425,16 @@ def test_no_tensor_of_tokens_times_vocabulary_is_made() -> None:
         loss.backward()
     widest = 24  # the teacher's width: its head, transposed, is the largest tensor with a vocabulary axis
     assert sizes and max(sizes) <= widest * toys.VOCAB < targets * toys.VOCAB
+
+
+def test_a_target_without_a_place_in_the_teachers_prompt_is_not_learned_from_it():
+    student, teacher = toys.ToyStudent(toys.llama(0)), toys.ToyTeacher(toys.llama(1))
+    batch = toys.batch()
+    position = torch.arange(batch.mask.shape[1]).expand_as(batch.mask).clone()
+    position[0, 5:] = -1
+    view = TeacherView(input_ids=batch.input_ids, attention_mask=batch.attention_mask, position=position)
+    batch = replace(batch, teacher=view)
+    kd, ce = ForwardKL(), CrossEntropy()
+    counts = Distiller(student, teacher, {"kd": kd, "ce": ce}).count(batch)
+    assert counts["ce"] == float(batch.mask.sum()), "text is learned from all the same"
+    assert counts["kd"] == float((batch.mask & (position >= 0)).sum()) < counts["ce"]
