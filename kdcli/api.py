@@ -411,6 +411,10 @@ class Student(nn.Module, ABC):
 class StudentInit(ABC):
     """How the student's weights begin. `student` is changed in place, or its `model` replaced."""
 
+    def load_tokenizer(self, student: Student, teacher: Teacher) -> Any:
+        """The tokenizer the student will have, without loading weights: its own, or else the teacher's."""
+        return student.load_tokenizer() or teacher.load_tokenizer()
+
     def shape(self, student: Student, teacher: Teacher) -> ModelShape | None:
         """The shape the student will have, without loading weights; by default its own."""
         return student.shape()

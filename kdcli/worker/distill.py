@@ -63,7 +63,7 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
     reporters = list(build_terms(config.get("report"), Reporter).values()) if engine.rank == 0 else []
     scheduler = build(config["domain_scheduler"], DomainScheduler)
 
-    tokenizer, other = student.load_tokenizer() or teacher.load_tokenizer(), teacher.load_tokenizer()
+    tokenizer, other = begin.load_tokenizer(student, teacher), teacher.load_tokenizer()
     foreign = other is not None and not share_ids(other.get_vocab(), tokenizer.get_vocab())
     if problem := problem_of(scheduler.signals, teacher, foreign=foreign):
         raise ConfigError(f"domain_scheduler: {type(scheduler).__name__} cannot work: {problem}")
