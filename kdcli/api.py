@@ -60,6 +60,18 @@ Reduction = Literal[
 ]  # mean over targets | over sequences of means | over sequences of sums
 
 
+TaskKind = Literal["causal", "classification", "seq2seq", "encoding"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a model makes of a row: `causal` goes on with the text, `classification` names the prompt's label,
+    `seq2seq` writes the response to the prompt, `encoding` gives each token of the prompt a state."""
+
+    kind: TaskKind = "causal"
+    labels: tuple[str, ...] = ()  # of a classification, in the order of the model's classes
+
+
 class Settings(TypedDict, total=False):
     """Settings of every objective; constructors hand them on as `**settings: Unpack[Settings]`."""
 
@@ -274,6 +286,7 @@ class StudentOutput:
     attentions: tuple[Tensor, ...] | None = None  # per layer [B, H, T, T]
     relations: tuple[Relations, ...] | None = None  # per layer
     embedding: Tensor | None = None  # [V', D] of the input ids
+    bidirectional: bool = False  # a supervised position sees all supervised positions of its sequence, not those before
     _log_softmax: dict[float, Tensor] = field(default_factory=dict, repr=False)
 
     def log_q(self, temperature: float = 1.0) -> Tensor:
@@ -317,6 +330,8 @@ class Scores:
     teacher_nll: Tensor | None = None
     kl: Tensor | None = None  # KL(teacher || model)
     agree: Tensor | None = None  # 1.0 where both put the same token first
+    correct: Tensor | None = None  # 1.0 where the model puts the target first
+    teacher_correct: Tensor | None = None
 
 
 # ------------------------------------------------------------------------------------ what can be plugged in
@@ -341,6 +356,10 @@ class Teacher(Stateful, ABC):
 
     def load_tokenizer(self) -> Any:
         """Load and return the tokenizer alone (cheap; for checks before weights load)."""
+        return None
+
+    def load_task(self) -> Task | None:
+        """What it makes of a row, without its weights; None for what works whatever the student makes of it."""
         return None
 
     def load(self, device: torch.device) -> None:
@@ -380,10 +399,20 @@ class Student(nn.Module, ABC):
     dtype: str = "float32"  # of the parameters a StudentInit makes
     attention: str | None = None  # transformers' attn_implementation
     provides: Need = Need.NOTHING  # of HIDDEN, ATTENTION and RELATIONS, what `states` can give
+    auto: str = "AutoModelForCausalLM"  # the class of transformers that makes and loads its model
+    task: Task = Task()  # set before `load` (kdcli.store.tasks.settle), since labels may be the teacher's
 
     def load_tokenizer(self) -> Any:
         """Load and return the tokenizer alone."""
         return None
+
+    def load_task(self) -> Task:
+        """What it makes of a row, as far as it says so itself, without its weights."""
+        return self.task
+
+    def configured(self, config: Any) -> Any:
+        """A transformers config as the student's task needs it, for a StudentInit to build from."""
+        return config
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
@@ -547,6 +576,7 @@ class Subject(Protocol):
     rank: int
     world_size: int
     folder: Path  # the run's, for what an evaluation writes from rank 0
+    reading: Mapping[str, Any] = {}  # what kdcli.text.tokenize.encode must know besides the tokenizer
 
     def score(self, batch: Batch) -> Scores: ...
 
