@@ -26,9 +26,11 @@ from kdcli.api import (
 from kdcli.ops import divergence
 from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, rows_at_once, target_logprobs
 from kdcli.ops.head import Head
+from kdcli.ops.mixture import Pool, mixed
 from kdcli.train.shares import counts_of, sequences_of, share_of
 from kdcli.train.tally import Tally
 
+OF_BOTH = ("teacher_nll", "teacher_correct", "kl", "agree")  # scores that need a teacher
 LAYERS = Need.HIDDEN | Need.ATTENTION | Need.RELATIONS  # what is asked of the student's layers too
 
 
@@ -137,12 +139,12 @@ class Distiller(nn.Module):
         return replace(signal, reference_logprobs=_spread(values, batch.mask))
 
     def _score(self, batch: Batch, with_teacher: bool) -> Scores:
-        dense = with_teacher and bool(self.teacher.provides & Need.DISTRIBUTION) and not self.foreign
+        dense = with_teacher and Need.LOGITS in self.teacher.provides and not self.foreign
         signal = self.teacher.annotate(batch, Need.DISTRIBUTION) if dense else TeacherSignal()
         hidden = self.student(batch)[batch.mask]
         gathered, teacher = _gather(batch), _gather_signal(signal, batch.mask)
         vocab_size = self._shared(batch, signal)
-        columns: dict[str, list[Tensor]] = {"nll": [], "teacher_nll": [], "kl": [], "agree": []}
+        columns: dict[str, list[Tensor]] = {"nll": [], "correct": [], **{name: [] for name in OF_BOTH}}
 
         def run(head: Head, embedding: Tensor | None, states: StudentOutput) -> Tensor:
             head = head.cut(vocab_size).cast(compute_dtype(hidden, head.weight))
@@ -152,17 +154,19 @@ class Distiller(nn.Module):
                 targets = gathered.targets[:, window].unsqueeze(-1)
                 log_q = torch.log_softmax(head(hidden[window]), dim=-1)[None]
                 columns["nll"].append(-log_q.gather(-1, targets)[0, :, 0])
+                columns["correct"].append((log_q.argmax(-1) == targets[..., 0])[0].float())
                 log_p = _window(teacher, window, vocab_size).log_p()
                 if log_p is not None:
                     columns["teacher_nll"].append(-log_p.gather(-1, targets)[0, :, 0])
                     columns["kl"].append(divergence.forward_kl(log_p, log_q)[0])
+                    columns["teacher_correct"].append((log_p.argmax(-1) == targets[..., 0])[0].float())
                     columns["agree"].append((log_p.argmax(-1) == log_q.argmax(-1))[0].float())
             return hidden.new_zeros(())
 
         self.gathered_head(run, StudentOutput(hidden=hidden), hidden)
         empty = [hidden.new_zeros(0, dtype=torch.float32)]  # a batch without a target still has scores
         compared = signal.head is not None or signal.voices is not None
-        known = columns if compared else {"nll": columns["nll"]}
+        known = {name: values for name, values in columns.items() if compared or name not in OF_BOTH}
         return Scores(**{name: _spread(torch.cat(empty + values), batch.mask) for name, values in known.items()})
 
     def _shared(self, batch: Batch, signal: TeacherSignal) -> int | None:
@@ -412,19 +416,10 @@ def _window(signal: TeacherSignal, window: slice, vocab_size: int | None) -> Tea
     return cut
 
 
-def _mixed(voices: Sequence[Voice], pool: str, window: slice, vocab_size: int | None) -> Tensor:
-    """Logits [1, C, V] of several models' mixture, one model's logits at a time."""
-    total: Tensor | None = None
-    for voice in voices:
-        weight = voice.weight[:, window].unsqueeze(-1)
-        logits = voice.head.cut(vocab_size)(voice.hidden[:, window])
-        if pool == "logits":
-            total = weight * logits if total is None else total.addcmul_(weight, logits)
-        else:
-            one = torch.log_softmax(logits, dim=-1).add_(weight.log())
-            total = one if total is None else torch.logaddexp(total, one)
-    assert total is not None, "a mixture has voices"
-    return total
+def _mixed(voices: Sequence[Voice], pool: Pool, window: slice, vocab_size: int | None) -> Tensor:
+    """Logits [1, C, V] of several models' mixture."""
+    cut = [(v.weight[:, window], v.hidden[:, window], v.head.cut(vocab_size)) for v in voices]
+    return mixed(cut, pool)
 
 
 def _cut(signal: TeacherSignal, window: slice) -> TeacherSignal:
@@ -438,8 +433,6 @@ def _cut(signal: TeacherSignal, window: slice) -> TeacherSignal:
         logits=at(signal.logits),
         logprobs=at(signal.logprobs),
         reference_logprobs=at(signal.reference_logprobs),
-        topk=None
-        if topk is None
-        else replace(topk, ids=topk.ids[:, window], logprobs=topk.logprobs[:, window]),
+        topk=None if topk is None else replace(topk, ids=topk.ids[:, window], logprobs=topk.logprobs[:, window]),
         reward=signal.reward,
     )

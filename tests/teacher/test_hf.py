@@ -92,7 +92,7 @@ def test_teacher_is_frozen_and_evaluates(tmp_path: Path) -> None:
 
 
 def test_logprobs_are_those_of_the_targets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdcli.teacher.hf.chunk_size", lambda *_: 4)
+    monkeypatch.setattr("kdcli.teacher._signal.chunk_size", lambda *_: 4)
     teacher, batch = _teacher(tmp_path), _batch()
     signal = teacher.annotate(batch, Need.LOGPROBS)
     expected = torch.log_softmax(_logits(signal), -1).gather(-1, batch.targets.unsqueeze(-1))[..., 0]
@@ -119,7 +119,7 @@ def test_hidden_states_are_given_per_layer_when_needed(tmp_path: Path) -> None:
 def test_no_tensor_of_tokens_by_vocabulary_is_made(
     needs: Need, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdcli.teacher.hf.chunk_size", lambda *_: 8)
+    monkeypatch.setattr("kdcli.teacher._signal.chunk_size", lambda *_: 8)
     teacher, batch = HFTeacher(path=families.folder(tmp_path, intermediate_size=24), dtype="float32"), _batch()
     teacher.load(CPU)
     largest = 0  # rows of the largest tensor as wide as the vocabulary, but for the head's own [D, V]
