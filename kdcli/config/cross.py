@@ -14,6 +14,7 @@ from kdcli.config.nearest import suggest
 from kdcli.config.schema import COMPONENTS, TERMS
 from kdcli.errors import ConfigError
 from kdcli.store import paths
+from kdcli.text.vocabulary import share_ids
 
 
 def problems_in(config: Mapping[str, Any]) -> list[str]:
@@ -210,7 +211,7 @@ def _demands(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]
 
 def _fit(objects: Mapping[str, Any]) -> list[str]:
     """The student shows the layers that objectives compare, and both models have them, as their shapes say."""
-    from kdcli.api import Need, Objective
+    from kdcli.api import Need, Objective, StudentInit
 
     layers = Need.HIDDEN | Need.ATTENTION | Need.RELATIONS
     student, teacher = objects["student"], objects["teacher"]
@@ -225,11 +226,10 @@ def _fit(objects: Mapping[str, Any]) -> list[str]:
                 f"not show; {_way_out(lacking, 'student', student)}, or drop it with ~objective@{where}"
             )
     fitted = {where: item for where, item in terms.items() if type(item).fit is not Objective.fit}
-    if problems or not fitted:
+    init = objects.get("student_init")
+    if problems or init is None or not (fitted or type(init).shape is not StudentInit.shape):
         return problems
-    shapes = _caught(
-        lambda: (objects["student_init"].shape(student, teacher), teacher.shape()), "student_init", problems
-    )
+    shapes = _caught(lambda: (init.shape(student, teacher), teacher.shape()), "student_init", problems)
     if shapes is not None and shapes[0] is not None:
         for where, objective in fitted.items():
             _caught(lambda objective=objective: objective.fit(*shapes), where, problems)
@@ -283,13 +283,20 @@ def _hub_models(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
 def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
     """Teacher and student give every token the same id, or only objectives for different tokenizers compare them;
     padded rows of an embedding are not tokens."""
+    from kdcli.api import StudentInit
+
     teacher, student = config.get("teacher") or {}, config["student"]
     named = student.get("tokenizer") or student.get("path")
-    if named is None or named == teacher.get("path") or "path" not in teacher:
+    init = objects.get("student_init")
+    brings = init is not None and type(init).load_tokenizer is not StudentInit.load_tokenizer
+    if "path" not in teacher or (not brings and (named is None or named == teacher["path"])):
         return []  # one tokenizer serves both
     problems: list[str] = []
     a = _caught(objects["teacher"].load_tokenizer, "teacher", problems)
-    b = _caught(objects["student"].load_tokenizer, "student", problems)
+    if brings:
+        b = _caught(lambda: _brought(objects), "student_init", problems)
+    else:
+        b = _caught(objects["student"].load_tokenizer, "student", problems)
     if a is None or b is None:
         return problems
     terms = _objectives(objects)
@@ -301,6 +308,11 @@ def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
     for where, objective in terms.items():
         _caught(lambda objective=objective: objective.match(b, a), where, problems)
     return problems
+
+
+def _brought(objects: Mapping[str, Any]) -> Any:
+    """The tokenizer that the student will have once student_init has made it."""
+    return objects["student_init"].load_tokenizer(objects["student"], objects["teacher"])
 
 
 def tokenizer_problems(
@@ -318,12 +330,3 @@ def tokenizer_problems(
         "tokenizer (or student_init=keep_layers), or a cross-tokenizer objective: "
         f"objective={demands.cross_tokenizer_names()}"
     ]
-
-
-def share_ids(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """Whether two maps from token to id agree, or one only goes on where the other ends."""
-    small, large = sorted((one, other), key=len)
-    if any(large.get(token) != index for token, index in small.items()):
-        return False
-    more = set(large.values()) - set(small.values())
-    return not more or min(more) > max(small.values())
