@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -30,6 +30,15 @@ def token_keys(tokenizer: Any) -> list[Key]:
         else:
             keys[index] = token.encode() if token in added and not _BYTE.fullmatch(token) else read(token)
     return keys
+
+
+def share_ids(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether two maps from token to id agree, or one only goes on where the other ends."""
+    small, large = sorted((one, other), key=len)
+    if any(large.get(token) != index for token, index in small.items()):
+        return False
+    more = set(large.values()) - set(small.values())
+    return not more or min(more) > max(small.values())
 
 
 def matched_ids(student: Any, teacher: Any) -> list[tuple[int, int]]:

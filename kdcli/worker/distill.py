@@ -21,12 +21,12 @@ from kdcli.api import (
     Teacher,
 )
 from kdcli.config.build import build, build_schedules, build_terms, optimizer_factory, schedule_factory
-from kdcli.config.cross import share_ids
 from kdcli.errors import ConfigError
 from kdcli.store import atomic
 from kdcli.store.fault import fault
 from kdcli.store.tokens import Row
 from kdcli.text.tokenize import encode
+from kdcli.text.vocabulary import share_ids
 from kdcli.train.distiller import Distiller
 from kdcli.train.domains import Domains
 from kdcli.train.heldout import HeldOut, first_rows, hold_out
