@@ -67,7 +67,7 @@ class Divergence(Tempered):
         if next(self.parameters(), None) is not None:
             return None  # what a subclass learns has a gradient too
         log_p = teacher_side(topk.logprobs, logits, self.missing)
-        log_q, back = student_side(logits, topk.ids, self.temperature, self.missing)
+        log_q, back = student_side(logits, topk.ids, self.temperature, self.missing, logprobs=topk.logprobs)
         value, gradient = self.divergence_gradient(log_p, log_q) or self._derived(log_p, log_q)
         return self.scaled(value, back(gradient))
 
@@ -80,8 +80,13 @@ class Divergence(Tempered):
         return value.detach(), gradient
 
     def _topk(self, teacher: TeacherSignal) -> TopK | None:
-        """The teacher's top-k, None for a dense teacher; refuses one stored at another temperature."""
+        """The teacher's top-k, None for a dense teacher; refuses one stored at another temperature, or a sample."""
         topk = teacher.topk
+        if topk is not None and topk.sampled:
+            raise ConfigError(
+                f"{type(self).__name__}: the teacher gives ids drawn at random, of which a divergence would be biased; "
+                "set objective=sampled, or store the likeliest ids: kdcli cache cache.codec=topk"
+            )
         if topk is not None and topk.temperature != self.temperature:
             raise ConfigError(
                 f"{type(self).__name__}: temperature is {self.temperature} but the teacher's log-probabilities "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from typing import Any, Unpack
 
@@ -48,30 +49,38 @@ class Ranking(Objective):
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
         assert student.logits is not None, "logits exist only inside a chunk"
-        ids, logprobs = self._ranked(teacher)
-        z, share = student.logits.gather(-1, ids), _pair_share(logprobs)
+        ids, logprobs, share = self._ranked(teacher)
+        z = student.logits.gather(-1, ids)
         value, _ = self.pair_loss(_gaps(z), _gaps(logprobs))
         return (value * share).sum((-2, -1))
 
     def closed_form(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> tuple[Tensor, Tensor]:
         """The slope of each pair, at z_k, and its opposite at z_l."""
         assert student.logits is not None, "logits exist only inside a chunk"
-        ids, logprobs = self._ranked(teacher)
-        share = _pair_share(logprobs)
+        ids, logprobs, share = self._ranked(teacher)
         value, slope = self.pair_loss(_gaps(student.logits.gather(-1, ids)), _gaps(logprobs))
         slope = slope * share
-        gradient = torch.zeros_like(student.logits).scatter_(-1, ids, slope.sum(-1) - slope.sum(-2))
+        gradient = torch.zeros_like(student.logits).scatter_add_(-1, ids, slope.sum(-1) - slope.sum(-2))
         return (value * share).sum((-2, -1)), gradient
 
-    def _ranked(self, teacher: TeacherSignal) -> tuple[Tensor, Tensor]:
-        """Ids and log-probabilities [1, C, K] of the teacher's likeliest."""
+    def _ranked(self, teacher: TeacherSignal) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids and log-probabilities [1, C, K] of the teacher's likeliest, and each pair's share [1, C, K, K].
+        Raises ConfigError for ids drawn at random: how often one was drawn is no rank."""
         if teacher.topk is not None:
+            if teacher.topk.sampled:
+                raise ConfigError(
+                    f"{type(self).__name__}: the teacher gives ids drawn at random, which have no order; set "
+                    "objective=sampled, or store the likeliest ids: kdcli cache cache.codec=topk"
+                )
             kept = min(self.top_k, teacher.topk.ids.shape[-1])
             logprobs, order = teacher.topk.logprobs.topk(kept, dim=-1)
-            return teacher.topk.ids.gather(-1, order), logprobs
+            none = logprobs == -math.inf  # stands for no id, so for no pair
+            share = _pair_share(logprobs, ~none)
+            ids = teacher.topk.ids.gather(-1, order).masked_fill(none, 0)
+            return ids, logprobs.masked_fill(none, 0.0), share
         assert teacher.logits is not None, "a teacher is dense (logits) or sparse (topk)"
         logits, ids = teacher.logits.topk(min(self.top_k, teacher.logits.shape[-1]), dim=-1)
-        return ids, logits  # gaps of logits are gaps of log-probabilities
+        return ids, logits, _pair_share(logits)  # gaps of logits are gaps of log-probabilities
 
 
 def _gaps(values: Tensor) -> Tensor:
@@ -79,7 +88,8 @@ def _gaps(values: Tensor) -> Tensor:
     return values.unsqueeze(-1) - values.unsqueeze(-2)
 
 
-def _pair_share(logprobs: Tensor) -> Tensor:
-    """[..., K, K]: 1 / number of pairs where p_k > p_l, else 0."""
-    pairs = (logprobs.unsqueeze(-1) > logprobs.unsqueeze(-2)).to(logprobs.dtype)
+def _pair_share(logprobs: Tensor, some: Tensor | None = None) -> Tensor:
+    """[..., K, K]: 1 / number of pairs where p_k > p_l, else 0. `some` [..., K] bool: the entries that count."""
+    above = logprobs.unsqueeze(-1) > logprobs.unsqueeze(-2)
+    pairs = (above if some is None else above & some.unsqueeze(-2)).to(logprobs.dtype)
     return pairs / pairs.sum((-2, -1), keepdim=True).clamp(min=1)

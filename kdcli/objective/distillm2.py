@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, Reduction, Settings, StudentOutput, TeacherSignal, TopK
+from kdcli.api import Batch, Reduction, Settings, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
 from kdcli.objective._divergence import Divergence
 from kdcli.objective._tempered import TemperatureScale, Tempered, Vocabulary
@@ -106,9 +107,7 @@ def _at(index: Tensor | None, student: StudentOutput, teacher: TeacherSignal) ->
     topk = teacher.topk
     part = TeacherSignal(
         logits=None if teacher.logits is None else teacher.logits[:, index],
-        topk=None
-        if topk is None
-        else TopK(ids=topk.ids[:, index], logprobs=topk.logprobs[:, index], temperature=topk.temperature),
+        topk=None if topk is None else replace(topk, ids=topk.ids[:, index], logprobs=topk.logprobs[:, index]),
     )
     return StudentOutput(logits=student.logits[:, index]), part
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar, Unpack
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from kdcli.api import Batch, StudentOutput, TeacherSignal
 from kdcli.errors import ConfigError
 from kdcli.objective._tempered import Tempered, TemperedSettings
-from kdcli.ops.draws import keys_of, mixed, uniform
+from kdcli.ops.draws import draw, keys_of, mixed
 
 
 class Sampled(Tempered):
@@ -18,10 +19,11 @@ class Sampled(Tempered):
 
     A dense teacher: `samples` ids per target are drawn from r with r_v in proportion to p_v^tau and weigh p / r,
     divided by their sum. At tau = 1 the weights are 1 / samples, and value and gradient are unbiased; elsewhere they
-    are so in the limit of many samples. A sparse teacher gives the ids and their weights, as log-probabilities, such
-    as log(count / samples), -inf for an entry that stands for none; they are divided by their sum, and `samples`,
-    `tau` and `seed` change nothing. (The K likeliest ids are no random sample: with them this is the biased loss that
-    the paper warns of, and forward_kl is right.) The mean of the value is KL(p || q) + H(p): it is not zero at p = q.
+    are so in the limit of many samples. A teacher that has drawn already gives the ids and their weights, as
+    log-probabilities, such as log(count / samples), -inf for an entry that stands for none; they are divided by their
+    sum, and `samples`, `tau` and `seed` change nothing. The K likeliest ids, which are no random sample, are refused:
+    with them this would be the biased loss that the paper warns of, and forward_kl is right. The mean of the value is
+    KL(p || q) + H(p): it is not zero at p = q.
 
     The draws of a target depend on `seed`, the key of its sequence's content, the token before it and its own: not on
     chunks, micro-batches, ranks, packing or the step. A second epoch sees the same, as it would from a cache. They
@@ -59,12 +61,19 @@ class Sampled(Tempered):
     def drawn(self, batch: Batch, teacher: TeacherSignal) -> tuple[Tensor, Tensor]:
         """Ids, perhaps some of them twice, and weights that sum to one, both [1, C, samples] or [1, C, K]."""
         if teacher.topk is not None:
+            if not teacher.topk.sampled:
+                raise ConfigError(
+                    "Sampled: the teacher gives its likeliest ids, which are no random sample, so the loss would be "
+                    "biased; set objective=forward_kl, or draw ids: kdcli cache cache.codec=sampled"
+                )
             if teacher.topk.temperature != self.temperature:
                 raise ConfigError(
                     f"Sampled: temperature is {self.temperature} but the teacher's samples were drawn at "
                     f"{teacher.topk.temperature}; set the same, or draw them again"
                 )
-            return teacher.topk.ids, torch.softmax(teacher.topk.logprobs, dim=-1)
+            logprobs = teacher.topk.logprobs
+            nothing = (logprobs == -math.inf).all(-1, keepdim=True)  # all that was drawn is no id of the student's
+            return teacher.topk.ids, torch.softmax(logprobs, dim=-1).masked_fill(nothing, 0.0)
         log_p = teacher.log_p(self.temperature)
         assert log_p is not None, "a teacher is dense (logits) or sparse (topk)"
         proposal = log_p if self.tau == 1 else torch.log_softmax(self.tau * log_p, dim=-1)
@@ -72,12 +81,6 @@ class Sampled(Tempered):
         return ids, torch.softmax((1 - self.tau) * log_p.gather(-1, ids), dim=-1)
 
     def _ids(self, batch: Batch, proposal: Tensor) -> Tensor:
-        """[1, C, samples] from log-probabilities [1, C, V], by inverting their cumulative distribution."""
+        """[1, C, samples] from log-probabilities [1, C, V]."""
         sequence = keys_of(batch.row or [""] * batch.num_sequences, self.seed, proposal.device)
-        key = mixed(sequence[batch.segment], batch.input_ids, batch.targets)
-        stratum = torch.arange(self.samples, device=proposal.device)
-        at = (stratum + uniform(key, self.samples)) / self.samples
-        cumulative = proposal.exp().cumsum(-1, dtype=torch.float64)
-        # right: an id of probability 0 is never drawn; clamp: the last stratum may round up to 1
-        drawn = torch.searchsorted(cumulative, at * cumulative[..., -1:], right=True)
-        return drawn.clamp(max=proposal.shape[-1] - 1)
+        return draw(proposal, mixed(sequence[batch.segment], batch.input_ids, batch.targets), self.samples)

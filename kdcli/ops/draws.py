@@ -31,6 +31,17 @@ def uniform(key: Tensor, count: int) -> Tensor:
     return _shifted(_scrambled(key.unsqueeze(-1) + counter), 11).double() * 2.0**-53
 
 
+def draw(log_r: Tensor, key: Tensor, count: int) -> Tensor:
+    """`count` ids per key, drawn from r by inverting its cumulative distribution, one from each of `count` equal parts
+    of it: log-probabilities [..., V] and keys [...] -> [..., count]. An id of probability 0 is never drawn."""
+    stratum = torch.arange(count, device=log_r.device)
+    at = (stratum + uniform(key, count)) / count
+    cumulative = log_r.exp().cumsum(-1, dtype=torch.float64)
+    # right: an id of probability 0 is never drawn; clamp: the last part may round up to 1
+    ids = torch.searchsorted(cumulative, at * cumulative[..., -1:], right=True)
+    return ids.clamp(max=log_r.shape[-1] - 1)
+
+
 def _scrambled(x: Tensor) -> Tensor:
     x = (x ^ _shifted(x, 30)) * _FIRST
     x = (x ^ _shifted(x, 27)) * _SECOND

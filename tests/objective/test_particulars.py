@@ -20,9 +20,12 @@ from kdcli.objective.cross_entropy import CrossEntropy
 from kdcli.objective.dkd import DKD
 from kdcli.objective.forward_kl import ForwardKL
 from kdcli.objective.generalized_jsd import GeneralizedJSD
+from kdcli.objective.hinge_ranking import HingeRanking
 from kdcli.objective.hinton import Hinton
+from kdcli.objective.logistic_ranking import LogisticRanking
 from kdcli.objective.logit_mse import LogitMSE
 from kdcli.objective.reverse_kl import ReverseKL
+from kdcli.objective.sampled import Sampled
 from kdcli.objective.skew_kl import SkewKL
 from kdcli.objective.skew_reverse_kl import SkewReverseKL
 from kdcli.objective.symmetric_kl import SymmetricKL
@@ -64,6 +67,31 @@ def test_log_probabilities_of_another_temperature_are_refused() -> None:
     logprobs, ids = torch.log_softmax(y, -1).topk(4)
     with pytest.raises(ConfigError, match=r"stored at 1\.0"):
         ForwardKL(temperature=2.0)(batch, StudentOutput(logits=z), TeacherSignal(topk=TopK(ids=ids, logprobs=logprobs)))
+
+
+def test_likeliest_ids_and_drawn_ids_are_not_taken_for_each_other() -> None:
+    batch, y, z = chunk()
+    logprobs, ids = torch.log_softmax(y, -1).topk(4)
+    likeliest, drawn = (TeacherSignal(topk=TopK(ids=ids, logprobs=logprobs, sampled=is_)) for is_ in (False, True))
+    for objective in (ForwardKL(), ReverseKL(), HingeRanking()):
+        with pytest.raises(ConfigError, match="set objective=sampled, or store the likeliest ids"):
+            objective.closed_form(batch, StudentOutput(logits=z), drawn)
+        objective(batch, StudentOutput(logits=z), likeliest)
+    with pytest.raises(ConfigError, match="set objective=forward_kl, or draw ids"):
+        Sampled()(batch, StudentOutput(logits=z), likeliest)
+
+
+def test_a_ranking_leaves_out_entries_that_stand_for_none() -> None:
+    batch, y, z = chunk()
+    logprobs, ids = torch.log_softmax(y, -1).topk(4)
+    nothing = torch.full_like(logprobs, -float("inf"))
+    wider = TopK(ids=torch.cat([torch.zeros_like(ids), ids], -1), logprobs=torch.cat([nothing, logprobs], -1))
+    for objective in (HingeRanking(), LogisticRanking()):
+        plain = TopK(ids=ids, logprobs=logprobs)
+        one, other = (
+            objective.closed_form(batch, StudentOutput(logits=z), TeacherSignal(topk=t)) for t in (plain, wider)
+        )
+        torch.testing.assert_close(other, one)
 
 
 @pytest.mark.parametrize(

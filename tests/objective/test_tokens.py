@@ -271,7 +271,7 @@ def test_stored_counts_are_the_weights_and_an_empty_entry_weighs_nothing() -> No
     """ids 2, 2 + one other of five draws, and a place that stands for none."""
     batch, _, z = chunk(1)
     counts = torch.tensor([[[4.0, 1.0, 0.0]]], dtype=torch.float64)
-    topk = TopK(ids=torch.tensor([[[2, 5, 0]]]), logprobs=(counts / 5).log())
+    topk = TopK(ids=torch.tensor([[[2, 5, 0]]]), logprobs=(counts / 5).log(), sampled=True)
     value, gradient = both(Sampled(), batch, z, TeacherSignal(topk=topk))
     log_q = torch.log_softmax(z, -1)[0, 0]
     assert value.item() == pytest.approx(float(-0.8 * log_q[2] - 0.2 * log_q[5]))
