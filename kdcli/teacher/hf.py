@@ -1,77 +1,49 @@
-"""A frozen transformers causal language model that hands out hidden states and its head, never dense logits."""
+"""A frozen transformers causal language model, whole on every rank; in 8 or 4 bits if asked."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import logging
+from typing import Any, Literal, Unpack
 
 import torch
 
-from kdcli.api import Batch, ModelShape, Need, Teacher, TeacherSignal
-from kdcli.ops.head import Head
-from kdcli.store.layers import provides, run, shape_of
-from kdcli.store.models import load_config, load_model, load_tokenizer, real_ids
-from kdcli.teacher._signal import refuse_places, signal_of
+from kdcli.teacher._hf import Frozen, Settings, require
+
+Quantization = Literal["8bit", "4bit"]
 
 
-class HFTeacher(Teacher):
-    """A folder, a hub id, `recipes://…` or a GGUF file (`package://DISTRIBUTION/FILE.gguf`), loaded in `dtype`.
+class HFTeacher(Frozen):
+    """Loads the model in `dtype`. With `quantization`, bitsandbytes keeps the matrices of the layers in 8 bits
+    (LLM.int8(), arXiv:2208.07339; products in float16) or 4 (NF4, doubly quantised, arXiv:2305.14314; products in
+    `dtype`), and the embeddings, the norms and the head stay in `dtype`; a student cannot be cut from such a teacher.
 
-    The signal holds the hidden states [B, T, D] that predict each target, and the head cut to the tokenizer's
-    real ids. Its arithmetic is `dtype`'s, whatever the student is trained in. `attention=eager` lets it show its
-    attention probabilities.
+    Raises ConfigError for `quantization` without bitsandbytes.
     """
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
-        attention: str | None = None,
-        revision: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self.path = path
-        self.dtype = dtype
-        self.attention = attention
-        self.revision = revision
-        self.trust_remote_code = trust_remote_code
-        self.provides = Need.DISTRIBUTION | Need.LOGITS | Need.LOGPROBS | provides(attention)
-        self.model: Any = None  # transformers.PreTrainedModel, from `load` on
-        self.head: Head | None = None
-
-    def load_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        return self.tokenizer
+    def __init__(self, *, quantization: Quantization | None = None, **settings: Unpack[Settings]) -> None:
+        super().__init__(**settings)  # pyright: ignore[reportCallIssue]
+        if quantization is not None:
+            for package in ("bitsandbytes", "accelerate"):
+                require(package, "quant", f"teacher.quantization={quantization}")
+        self.quantization = quantization
+        self.model: Any = None  # transformers.PreTrainedModel, from `load` on; None in 8 or 4 bits
 
     def load(self, device: torch.device) -> None:
-        self.load_tokenizer()
-        self.model = load_model(
-            self.path,
-            dtype=self.dtype,
-            device=device,
-            attention=self.attention,
-            revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
-        ).requires_grad_(False)
-        self.head = Head.of(self.model, real_ids(self.tokenizer))
+        if self.quantization is None:
+            self.model = self._load(device)
+            self._take(self.model)
+        else:
+            logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns in every product that it casts
+            self._take(self._load(device, {"device_map": {"": device}, "quantization_config": self._quantized()}))
 
-    def shape(self) -> ModelShape:
-        """Of the loaded model, or else of its config, which needs no weights."""
-        if self.model is not None and self.head is not None:
-            return shape_of(self.model.config, self.head.vocab_size)
-        config = load_config(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
-        return shape_of(config, real_ids(self.load_tokenizer()))
+    def _quantized(self) -> Any:
+        from transformers import BitsAndBytesConfig
 
-    @torch.no_grad()
-    def annotate(self, batch: Batch, needs: Need) -> TeacherSignal:
-        """One pass through the model. Raises ConfigError for attention or relations where the teacher has its own view
-        of the batch."""
-        if not needs:
-            return TeacherSignal()
-        assert self.head is not None, "load() comes before annotate()"
-        refuse_places(batch, needs)
-        inputs = (batch if batch.teacher is None else batch.teacher).model_inputs()
-        with torch.autocast(batch.input_ids.device.type, enabled=False):
-            layers = run(self.model, inputs, needs)
-            return signal_of(layers, self.head, self.model.get_input_embeddings().weight, batch, needs)
+        if self.quantization == "8bit":
+            return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, self.dtype),
+        )
