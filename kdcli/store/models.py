@@ -62,8 +62,10 @@ def load_model(
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    placed: Mapping[str, Any] | None = None,
 ) -> Any:
-    """A causal language model in `dtype` on `device`, in evaluation mode.
+    """A causal language model in `dtype` on `device`, in evaluation mode; or where `placed` puts it: options of
+    transformers, such as `device_map`.
 
     Raises ConfigError if there is no such model, or if its weights are pickled, damaged, or not exactly those of
     the architecture: a layer that was not in the file would be random, and nobody would notice.
@@ -80,11 +82,12 @@ def load_model(
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below with their names
             output_loading_info=True,
+            **(placed or {}),
             **options,
         )
     model, report = loaded
     require_complete(path, report)
-    return model.to(device).eval()
+    return (model if placed else model.to(device)).eval()
 
 
 def require_complete(path: str, report: Mapping[str, Any]) -> None:
