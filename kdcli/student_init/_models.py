@@ -1,11 +1,15 @@
-"""What the ways to begin a student share: whose tokenizer it has, and how big it is."""
+"""What the ways to begin a student share: whose weights and tokenizer it begins with, and how big it is."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from kdcli.api import Student, Teacher
+from torch.distributed.tensor import DTensor
+
+from kdcli.api import ModelShape, Student, Teacher
 from kdcli.errors import ConfigError
+from kdcli.store.layers import shape_of
+from kdcli.store.models import load_config, real_ids
 
 
 def tokenizer_of(student: Student, teacher: Teacher) -> Any:
@@ -18,8 +22,57 @@ def tokenizer_of(student: Student, teacher: Teacher) -> Any:
     return tokenizer
 
 
+def source_of(student: Student, teacher: Teacher, option: str) -> Any:
+    """The model that `student_init=option` cuts: the student's own, or else the teacher's.
+
+    Raises ConfigError if there is none, or if its weights are not whole numbers in this process's memory.
+    """
+    model = student.model if student.model is not None else getattr(teacher, "model", None)
+    if model is None:
+        raise ConfigError(f"student_init={option} needs a model to cut: set teacher=hf, or student.path")
+    for parameter in model.parameters():
+        state = _not_whole(parameter)
+        if state:
+            raise ConfigError(
+                f"student_init={option} cuts a model whose weights are whole in memory, but {type(teacher).__name__}'s "
+                f"are {state}; name the same model as student.path, or cut it once with teacher=hf and use that student"
+            )
+    return model
+
+
+def source_config(student: Student, teacher: Teacher, option: str) -> Any:
+    """The transformers config of what `source_of` will give, without loading weights. Raises ConfigError as it does."""
+    for model in (student, teacher):
+        loaded, path = getattr(model, "model", None), getattr(model, "path", None)
+        if loaded is not None:
+            return loaded.config
+        if path is not None:
+            options = {"revision": getattr(model, "revision", None)}
+            return load_config(path, **options, trust_remote_code=getattr(model, "trust_remote_code", False))
+    raise ConfigError(f"student_init={option} needs a model to cut: set teacher=hf, or student.path")
+
+
+def source_shape(student: Student, teacher: Teacher, option: str) -> ModelShape:
+    """The shape of what is cut, with the ids of the student's tokenizer. Raises ConfigError as `source_config` does."""
+    return shape_of(source_config(student, teacher, option), real_ids(tokenizer_of(student, teacher)))
+
+
+def parameters(model: Any) -> int:
+    """How many numbers a model learns; tied weights count once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def size(model: Any) -> str:
     """`30 layers, 134.5M parameters`; tied weights count once."""
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = parameters(model)
     unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M")
     return f"{model.config.get_text_config().num_hidden_layers} layers, {count / unit:.2f}{name} parameters"
+
+
+def _not_whole(parameter: Any) -> str:
+    """What a parameter is instead of whole; empty if it is."""
+    if hasattr(parameter, "ds_id") or isinstance(parameter, DTensor):
+        return "split over the ranks"
+    if parameter.is_meta:
+        return "not in memory"
+    return "" if parameter.is_floating_point() else "quantized"

@@ -15,7 +15,7 @@ from kdcli.api import Batch, Need, StudentOutput, TeacherView
 from kdcli.errors import ConfigError
 from kdcli.store.layers import stack
 from kdcli.student.hf import HFStudent
-from kdcli.student_init.keep_layers import cut
+from kdcli.student_init._surgery import cut
 from kdcli.teacher.hf import HFTeacher
 from tests import families
 from tests.toys import batch as toy_batch

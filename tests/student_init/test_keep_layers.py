@@ -11,7 +11,8 @@ from kdcli.api import Student
 from kdcli.errors import ConfigError
 from kdcli.store.models import load_model
 from kdcli.student.hf import HFStudent
-from kdcli.student_init.keep_layers import KeepLayers, cut
+from kdcli.student_init._surgery import cut
+from kdcli.student_init.keep_layers import KeepLayers
 from kdcli.teacher.hf import HFTeacher
 from kdcli.teacher.none import NoTeacher
 from tests import families

@@ -34,8 +34,7 @@ def weightless(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("weights were loaded")
 
-    for place in ("teacher", "student"):
-        monkeypatch.setattr(f"kdcli.{place}.hf.load_model", refuse)
+    monkeypatch.setattr("transformers.PreTrainedModel.from_pretrained", refuse)
 
 
 @pytest.mark.parametrize("family", list(families.FAMILIES))
@@ -105,8 +104,12 @@ def test_a_layer_that_does_not_exist_is_named_before_weights_load(tmp_path: Path
 def test_without_a_model_there_is_no_shape() -> None:
     assert HFStudent().shape() is None
     assert NoTeacher().shape() is None
-    assert KeepLayers(layers=[0]).shape(HFStudent(), NoTeacher()) is None
     assert Pretrained().shape(HFStudent(), NoTeacher()) is None
+
+
+def test_without_a_model_there_is_nothing_to_cut() -> None:
+    with pytest.raises(ConfigError, match="needs a model to cut: set teacher=hf"):
+        KeepLayers(layers=[0]).shape(HFStudent(), NoTeacher())
 
 
 def test_an_impossible_config_is_refused_like_the_model_it_would_make(tmp_path: Path) -> None:
