@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdcli.config import demands, domains, scheduled
-from kdcli.config.build import build
+from kdcli.config.build import build, build_schedules
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
 from kdcli.config.schema import COMPONENTS, TERMS
@@ -31,7 +31,8 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     found += refused
     if refused:
         return found
-    found += _needs(config, objects) + _student(config) + _domains(objects) + domains.problems_in(config, objects)
+    found += _needs(config, objects) + _temperatures(config, objects)
+    found += _student(config) + _domains(objects) + domains.problems_in(config, objects)
     found = found or _demands(config, objects)
     return found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects)
 
@@ -180,6 +181,29 @@ def _needs(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _temperatures(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
+    """Objectives are at the temperature of a teacher without logits: its top k does not tell those of another one."""
+    from kdcli.api import Need
+
+    teacher = objects["teacher"]
+    given = getattr(teacher, "temperature", None)
+    if given is None or Need.LOGITS in teacher.provides:
+        return []
+    schedules = build_schedules(config.get("objective") or {})
+    problems = []
+    for where, objective in _objectives(objects).items():
+        schedule = schedules.get((where.partition(".")[2], "temperature"))
+        own = schedule.extremes if schedule is not None else (getattr(objective, "temperature", given),)
+        unlike = [value for value in own if value != given]
+        if Need.DISTRIBUTION in objective.needs and unlike:
+            problems.append(
+                f"{where}.temperature: {unlike[0]:g}, but {type(teacher).__name__} gives the likeliest tokens at "
+                f"temperature {given:g}, which do not tell those of another; set {where}.temperature={given:g}, or "
+                "teacher=hf"
+            )
+    return problems
+
+
 def _way_out(lacking: Any, section: str, model: Any) -> str:
     """What to set so that a model provides what an objective needs."""
     from kdcli.api import Need
@@ -289,7 +313,8 @@ def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
     named = student.get("tokenizer") or student.get("path")
     init = objects.get("student_init")
     brings = init is not None and type(init).load_tokenizer is not StudentInit.load_tokenizer
-    if "path" not in teacher or (not brings and (named is None or named == teacher["path"])):
+    source = teacher.get("path") or teacher.get("tokenizer")  # a served model's tokenizer lies where the user has it
+    if source is None or (not brings and (named is None or named == source)):
         return []  # one tokenizer serves both
     problems: list[str] = []
     a = _caught(objects["teacher"].load_tokenizer, "teacher", problems)
