@@ -385,6 +385,10 @@ class Teacher(Stateful, ABC):
         """The model's shape, without loading weights; None where it has no layers to see."""
         return None
 
+    def architecture(self) -> Any:
+        """The model's transformers config, without loading weights; None where it has none."""
+        return None
+
     @abstractmethod
     def annotate(self, batch: Batch, needs: Need) -> TeacherSignal:
         """The signal for the batch's targets, without gradients."""
@@ -400,7 +404,7 @@ class Student(nn.Module, ABC):
     attention: str | None = None  # transformers' attn_implementation
     provides: Need = Need.NOTHING  # of HIDDEN, ATTENTION and RELATIONS, what `states` can give
     auto: str = "AutoModelForCausalLM"  # the class of transformers that makes and loads its model
-    task: Task = Task()  # set before `load` (kdcli.store.tasks.settle), since labels may be the teacher's
+    task: Task = Task()  # set before `load` (kdcli.store.tasks.task_of), since labels may be the teacher's
 
     def load_tokenizer(self) -> Any:
         """Load and return the tokenizer alone."""
@@ -432,8 +436,25 @@ class Student(nn.Module, ABC):
         assert not needs & (Need.HIDDEN | Need.ATTENTION | Need.RELATIONS), f"{type(self).__name__} gives no layers"
         return StudentOutput(hidden=self(batch))
 
+    def prepared(self, tokenizer: Any) -> Any:
+        """A tokenizer as the student will use it: with a template and new tokens of its own. Raises ConfigError."""
+        return tokenizer
+
+    def check(self, architecture: Callable[[], Any], tokenizer: Callable[[], Any]) -> None:
+        """Raise ConfigError, before weights load, for settings that do not fit the model or the tokenizer it will have:
+        `StudentInit.architecture` and `.load_tokenizer`, called where something depends on them."""
+        del architecture, tokenizer
+
+    def settle(self) -> None:
+        """What happens to the model once a StudentInit is done with it, before training: new tokens, adapters, frozen
+        weights."""
+
     def shape(self) -> ModelShape | None:
         """The model's shape, without loading weights; None where a StudentInit makes it."""
+        return None
+
+    def architecture(self) -> Any:
+        """The model's transformers config, without loading weights; None where a StudentInit makes it."""
         return None
 
 
@@ -447,6 +468,11 @@ class StudentInit(ABC):
     def shape(self, student: Student, teacher: Teacher) -> ModelShape | None:
         """The shape the student will have, without loading weights; by default its own."""
         return student.shape()
+
+    def architecture(self, student: Student, teacher: Teacher) -> Any:
+        """A transformers config whose model names its modules as the student's does, layers aside, without loading
+        weights; None if nobody can tell. By default that of the student's own model, or else of the teacher's."""
+        return student.architecture() or teacher.architecture()
 
     @abstractmethod
     def __call__(self, student: Student, teacher: Teacher) -> None: ...
@@ -665,6 +691,11 @@ class Engine(ABC):
     @abstractmethod
     def load(self, folder: Path) -> None:
         """Read what `save` wrote, also for another world size."""
+
+    def saved(self, folder: Path) -> Mapping[str, Callable[[], Tensor]]:
+        """The module's parameters and buffers of what `save` wrote, of any world size, each read whole when called.
+        Needs no `start`, `prepare` or other rank."""
+        raise NotImplementedError(f"{type(self).__name__} cannot read a checkpoint without its models")
 
     @abstractmethod
     def full_state_dict(self) -> dict[str, Tensor] | None:

@@ -34,7 +34,7 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     found += _needs(config, objects) + _temperatures(config, objects)
     found += _student(config) + _domains(objects) + domains.problems_in(config, objects)
     found = found or _demands(config, objects)
-    return found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects)
+    return found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects) or _settled(objects)
 
 
 def _batch(config: Mapping[str, Any]) -> list[str]:
@@ -269,6 +269,15 @@ def _student(config: Mapping[str, Any]) -> list[str]:
             "student.path: student_init=pretrained starts from a model; add student.path=…, or choose "
             "student_init=keep_layers (cut from the teacher) or student_init=from_config (random weights)"
         ]
+    if config["student"].get("quantization"):
+        if not init.endswith(".Pretrained"):
+            return [
+                "student.quantization: only a model as it was loaded is held in 4 bits; set student_init=pretrained"
+            ]
+        if config["engine"].get("stage") == 3:
+            return [
+                "student.quantization: stage 3 cannot split a model in 4 bits; set engine=zero2, or quantization=null"
+            ]
     return []
 
 
@@ -332,6 +341,16 @@ def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
         return unequal
     for where, objective in terms.items():
         _caught(lambda objective=objective: objective.match(b, a), where, problems)
+    return problems
+
+
+def _settled(objects: Mapping[str, Any]) -> list[str]:
+    """New tokens, adapters and frozen weights of the student fit the tokenizer and the model that it will have."""
+    init, student, teacher = (objects.get(name) for name in ("student_init", "student", "teacher"))
+    problems: list[str] = []
+    if init is not None and student is not None:
+        architecture = lambda: init.architecture(student, teacher)  # noqa: E731
+        _caught(lambda: student.check(architecture, lambda: _brought(objects)), "student", problems)
     return problems
 
 

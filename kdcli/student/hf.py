@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -13,6 +14,22 @@ from kdcli.errors import ConfigError
 from kdcli.store import paths
 from kdcli.store.layers import provides, run, shape_of
 from kdcli.store.models import load_config, load_model, load_tokenizer, real_ids
+from kdcli.student import _freeze, _tokens
+
+
+class HFSettings(TypedDict, total=False):
+    """Settings of every student that is a transformers language model."""
+
+    path: str | None
+    tokenizer: str | None
+    chat_template: str | None
+    new_tokens: Sequence[str] | Mapping[str, str | None] | None
+    train: Sequence[str]
+    freeze: Sequence[str]
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attention: str | None
+    revision: str | None
+    trust_remote_code: bool
 
 
 class HFStudent(Student):
@@ -20,6 +37,9 @@ class HFStudent(Student):
 
     `tokenizer` names another model's tokenizer; by default it is the student's own, or else the teacher's.
     `chat_template` is a Jinja template, or a file that holds one, in place of the tokenizer's.
+    `new_tokens` are put behind the tokenizer's own; a mapping gives each a description, whose tokens' mean row it
+    begins as (else the mean of all rows). `train` and `freeze` are patterns over names of parameters: only what `train`
+    names learns, and nothing that `freeze` names (kdcli.student._freeze).
     `dtype` is that of the parameters as they are loaded; how they are trained is the engine's `precision`.
     `attention=eager` lets it show its attention probabilities.
     """
@@ -30,6 +50,9 @@ class HFStudent(Student):
         path: str | None = None,
         tokenizer: str | None = None,
         chat_template: str | None = None,
+        new_tokens: Sequence[str] | Mapping[str, str | None] | None = None,
+        train: Sequence[str] = (),
+        freeze: Sequence[str] = (),
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         attention: str | None = None,
         revision: str | None = None,
@@ -39,6 +62,9 @@ class HFStudent(Student):
         self.path = path
         self.tokenizer_path = tokenizer
         self.chat_template = chat_template
+        self.new_tokens = _tokens.described(new_tokens)
+        self.train_patterns = list(train)
+        self.freeze_patterns = list(freeze)
         self.dtype = dtype
         self.attention = attention
         self.revision = revision
@@ -58,24 +84,67 @@ class HFStudent(Student):
             )
         return self.tokenizer
 
+    def prepared(self, tokenizer: Any) -> Any:
+        if tokenizer is not None and tokenizer is not self.tokenizer:
+            tokenizer = self._with_template(tokenizer)
+        return _tokens.extended(tokenizer, self.new_tokens)
+
+    def check(self, architecture: Callable[[], Any], tokenizer: Callable[[], Any]) -> None:
+        if self.new_tokens:
+            self.prepared(tokenizer())
+        if self.adapts() and (config := architecture()) is not None:
+            self.choose(self.sketched(skeleton(config, self.auto, self.trust_remote_code)))
+
+    def adapts(self) -> bool:
+        """Whether what `settle` does depends on the model's modules."""
+        return bool(self.train_patterns or self.freeze_patterns)
+
+    def sketched(self, model: Any) -> Any:
+        """A model without numbers, as `settle` would leave its modules."""
+        return model
+
     def load(self, device: torch.device) -> None:
         self.device = device
         self.load_tokenizer()
         if self.path is not None:
-            model = load_model(
-                self.path,
-                dtype=self.dtype,
-                device=device,
-                attention=self.attention,
-                revision=self.revision,
-                trust_remote_code=self.trust_remote_code,
-            )
-            self.adopt(model, self.tokenizer)
+            self.adopt(self.loaded(self.path), self.tokenizer)
+
+    def loaded(self, path: str) -> Any:
+        """The model of `path`."""
+        return load_model(
+            path,
+            dtype=self.dtype,
+            device=self.device,
+            attention=self.attention,
+            revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+    def settle(self) -> None:
+        assert self.model is not None, "a StudentInit has made the model"
+        tokenizer = self.prepared(self.tokenizer)
+        _tokens.embed(self.model, tokenizer, self.new_tokens)
+        self.tokenizer = tokenizer
+        self.inject(self.model)
+        super().adopt(self.model, tokenizer)
+        self.choose(self.model)
+
+    def inject(self, model: Any) -> None:
+        """Put an adapter into the model, where there is one."""
+        del model
+
+    def choose(self, model: Any) -> None:
+        """Let what learns learn. Raises ConfigError for patterns that do not fit."""
+        _freeze.choose(model, self.train_patterns, self.freeze_patterns)
 
     def adopt(self, model: Any, tokenizer: Any) -> None:
         if tokenizer is not self.tokenizer:
             self._take_tokenizer(tokenizer)
-        super().adopt(model.to(self.device).requires_grad_(True), self.tokenizer)
+        super().adopt(self.learning(model), self.tokenizer)
+
+    def learning(self, model: Any) -> Any:
+        """The model on this device, all of it learning until `settle`."""
+        return model.to(self.device).requires_grad_(True)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.model.base_model(**batch.model_inputs()).last_hidden_state
@@ -101,12 +170,30 @@ class HFStudent(Student):
         config = load_config(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
         return shape_of(config, real_ids(self.load_tokenizer()))
 
+    def architecture(self) -> Any:
+        """The config of the model, or else of `path`."""
+        if self.model is not None or self.path is None:
+            return None if self.model is None else self.model.config
+        return load_config(self.path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
     def _take_tokenizer(self, tokenizer: Any) -> None:
-        """Hold a tokenizer, with our chat template (on a copy: it may be the teacher's too)."""
-        self.tokenizer = tokenizer
-        if self.chat_template is not None:
-            self.tokenizer = copy.deepcopy(tokenizer)
-            self.tokenizer.chat_template = _template(self.chat_template)
+        self.tokenizer = self._with_template(tokenizer)
+
+    def _with_template(self, tokenizer: Any) -> Any:
+        """A tokenizer with our chat template (on a copy: it may be the teacher's too)."""
+        if self.chat_template is None:
+            return tokenizer
+        own = copy.deepcopy(tokenizer)
+        own.chat_template = _template(self.chat_template)
+        return own
+
+
+def skeleton(config: Any, auto: str, trust_remote_code: bool = False) -> Any:
+    """A model of this config without its numbers: its modules and the names of its parameters."""
+    import transformers
+
+    with torch.device("meta"):
+        return getattr(transformers, auto).from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _template(text: str) -> str:

@@ -39,6 +39,10 @@ class FromConfig(StudentInit):
         with _explained():
             return shape_of(_config(self.config, self.overrides, tokenizer), real_ids(tokenizer))
 
+    def architecture(self, student: Student, teacher: Teacher) -> Any:
+        with _explained():
+            return _config(self.config, self.overrides, tokenizer_of(student, teacher))
+
     def __call__(self, student: Student, teacher: Teacher) -> None:
         from transformers import AutoModelForCausalLM
 
