@@ -109,10 +109,10 @@ class Server:
             address = address.ipv4_mapped
         if address.is_link_local or address == METADATA_IPV6:
             return f"{address} is a link-local address, where clouds hand out credentials; no server is asked there"
-        if address.is_multicast or address.is_reserved or address.is_unspecified:
-            return f"{address} is no address of a server"
         if address.is_loopback:
             return "" if self.local else f"leads to {address}, this machine; write 127.0.0.1 if that is meant"
+        if address.is_multicast or address.is_reserved or address.is_unspecified:
+            return f"{address} is no address of a server"
         if address.is_private or address in SHARED:
             if not self.allow_private:
                 return f"{address} is in a private network; set allow_private=true if the server is yours"
