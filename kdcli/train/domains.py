@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
-
-import torch
 
 from kdcli.api import Batch, DomainLoss, DomainScheduler, Objective, Stateful
 from kdcli.train.loader import Loader, normalized
 from kdcli.train.probe import Probe
+from kdcli.train.shares import share_of
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +21,11 @@ class Domains(Stateful):
     after each `interval` steps, before the checkpoint of that step.
 
     Actuator `resample`: the loader draws by the weights. `reweight`: it draws by the initial ones for the whole run,
-    and a sequence's loss counts weight / initial weight. The loader has given the rows of a step before the weights
-    after it are known, so weights act on the very next step: their lag is none.
+    and a sequence's loss counts f = weight / initial weight, over the mean of f over all that the step's mean of a term
+    is of (targets, sequences or groups, of all ranks). So the loss keeps its scale however long the rows of a domain
+    are: domains of equal loss have that loss under any weights. A step of rows of one domain alone is not changed by
+    them. The loader has given the rows of a step before the weights after it are known, so weights act on the very
+    next step: their lag is none.
 
     A scheduler is shown what a probe finds, and what training did since the last update: `trained`, the mean of the
     steps' losses over the domain's targets (None where it had none), and `tokens`, its share of all targets.
@@ -41,13 +43,34 @@ class Domains(Stateful):
         self._drawn = dict(loader.drawn)
 
     def next(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step."""
+        """This rank's micro-batches of a step, as they are drawn."""
         self._drawn = dict(self.loader.drawn)
-        batches = self.loader.next(step)
+        return self.loader.next(step)
+
+    def weigh(self, batches: Sequence[Batch]) -> tuple[list[Batch], dict[str, float]]:
+        """Actuator `reweight`: each sequence's loss times its domain's f; and how much each term's units then count,
+        and did before, as counts to add up over all ranks. Otherwise the batches and no counts."""
         if self.scheduler.actuator == "resample":
-            return batches
+            return list(batches), {}
         factor = {name: self.weights[name] / share if share else 0.0 for name, share in self.initial.items()}
-        return [replace(b, weight=b.weight * torch.tensor([factor[name] for name in b.domain])) for b in batches]
+        weighed = [
+            replace(b, weight=b.weight * b.weight.new_tensor([factor[name] for name in b.domain])) for b in batches
+        ]
+        amounts = {
+            f"{kind}/{term}": math.fsum(float(share_of(batch, objective, 1.0).double().sum()) for batch in some)
+            for kind, some in ((BEFORE, batches), (AFTER, weighed))
+            for term, objective in self.terms.items()
+        }
+        return weighed, amounts
+
+    def fair(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """The counts that terms' sums are divided by, times the mean of f; from the sums over all ranks of the plain
+        ones and of what `weigh` gave."""
+        fair = {name: value for name, value in counts.items() if not name.startswith((f"{BEFORE}/", f"{AFTER}/"))}
+        for term in self.terms:
+            if counts.get(f"{BEFORE}/{term}"):
+                fair[term] *= counts[f"{AFTER}/{term}"] / counts[f"{BEFORE}/{term}"]
+        return fair
 
     def observe(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Metrics per domain of a step, from the sums of its tallies over all ranks; none where there is one domain.
@@ -159,3 +182,4 @@ class Domains(Stateful):
 
 
 OF_TRAINING = ("trained", "tokens")
+BEFORE, AFTER = "weight/before", "weight/after"

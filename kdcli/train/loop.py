@@ -54,8 +54,9 @@ def _advance(run: Run, here: Position) -> int:
     """One optimizer step; returns the signal that asks to stop, the same on every rank, or 0."""
     engine, step, began = run.engine, here.step + 1, time.monotonic()
     scheduled = run.schedules.apply(step)
-    batches = [run.rollout(b.to(engine.device), run.student, step) for b in run.domains.next(step)]
-    counts = engine.sum(_total(run.distiller.count(batch) for batch in batches))
+    drawn = [run.rollout(b.to(engine.device), run.student, step) for b in run.domains.next(step)]
+    batches, amounts = run.domains.weigh(drawn)
+    counts = run.domains.fair(engine.sum(_total([*map(run.distiller.count, batches), amounts])))
     if not counts["tokens"]:
         raise ConfigError(f"step {step}: none of the {run.loader.batch_size} rows has a supervised token; look at data")
     shares = []

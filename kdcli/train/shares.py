@@ -23,7 +23,7 @@ def share_of(batch: Batch, term: Objective, count: float) -> Tensor:
     weight = batch.weight[sequences]
     if term.unit is Unit.TOKEN and term.reduction == "sequence":
         weight = weight / _targets(batch, selected).clamp(min=1)[sequences]
-    return torch.where(selected, weight / max(1.0, count), 0.0)
+    return torch.where(selected, weight / (count or 1.0), 0.0)
 
 
 def sequences_of(batch: Batch, term: Objective) -> Tensor:

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import kdcli.domain_scheduler.ddk
-from kdcli.api import DomainLoss, DomainScheduler
+from kdcli.api import Batch, DomainLoss, DomainScheduler, Objective
 from kdcli.errors import ConfigError
 from kdcli.objective.cross_entropy import CrossEntropy
 from kdcli.objective.forward_kl import ForwardKL
+from kdcli.train.distiller import Distiller
 from kdcli.train.domains import Domains
-from kdcli.train.loader import Loader
-from tests import runs
+from kdcli.train.loader import Loader, normalized
+from tests import runs, toys
+from tests.domain_scheduler.options import node
 from tests.train.test_loader import rows
 
 ROWS = {"code": rows("code", 17), "math": rows("math", 5), "prose": rows("prose", 3)}
@@ -147,7 +153,7 @@ def test_reweight_draws_as_before_and_multiplies_losses() -> None:
     assert one.loader.weights == plain.loader.weights
     factor = {"code": 0.5 * 25 / 17, "math": 0.25 * 25 / 5, "prose": 0.25 * 25 / 3}
     for step in range(6):
-        for reweighted, drawn in zip(one.next(step), plain.next(step), strict=True):
+        for reweighted, drawn in zip(one.weigh(one.next(step))[0], plain.next(step), strict=True):
             assert reweighted.row == drawn.row
             expected = [weight * factor[name] for weight, name in zip(drawn.weight.tolist(), drawn.domain, strict=True)]
             assert reweighted.weight.tolist() == pytest.approx(expected)
@@ -161,13 +167,108 @@ def test_either_actuator_gives_domains_the_same_expected_share_of_the_loss() -> 
         one.update(0)
         total = dict.fromkeys(ROWS, 0.0)
         for step in range(500):
-            for batch in one.next(step):
+            for batch in one.weigh(one.next(step))[0]:
                 for name, weight in zip(batch.domain, batch.weight.tolist(), strict=True):
                     total[name] += weight / 4000
         shares[actuator] = total
     for name, value in {"code": 0.5, "math": 0.25, "prose": 0.25}.items():
         assert shares["resample"][name] == pytest.approx(value, abs=0.04)
         assert shares["reweight"][name] == pytest.approx(value, abs=0.04)
+
+
+def reweighing(weights: Mapping[str, float], terms: Mapping[str, Objective]) -> Domains:
+    one = domains(Follow(actuator="reweight"))
+    one.terms = terms
+    one.weights = normalized(weights, ROWS)
+    return one
+
+
+def lengths_apart() -> Batch:
+    """Six rows of three domains; of `math` each has one target, of the others up to eighteen."""
+    batch = toys.batch(rows=6, length=20, domains=tuple(ROWS))
+    math_rows = torch.tensor([name == "math" for name in batch.domain])
+    batch.mask[math_rows] = torch.arange(20) == 4
+    batch.weight = torch.linspace(0.5, 1.5, 6)
+    return batch
+
+
+def stepped(one: Domains, distiller: Distiller, parts: Sequence[Batch]) -> tuple[float, list[torch.Tensor]]:
+    """A step's loss and gradients, as the loop forms them."""
+    distiller.zero_grad()
+    counted: Counter[str] = Counter()
+    weighed, total = [], 0.0
+    for part in parts:  # as ranks do it, each by itself
+        [batch], amounts = one.weigh([part])
+        counted.update(distiller.count(batch) | amounts)
+        weighed.append(batch)
+    counts = one.fair(counted)
+    for batch in weighed:
+        loss, _ = distiller(batch, counts)
+        loss.backward()
+        total += float(loss.detach())
+    return total, [p.grad.clone() for p in distiller.parameters() if p.grad is not None]
+
+
+BOTH = {"kd": CrossEntropy(weight=0.25), "ce": CrossEntropy(weight=0.5, reduction="sequence")}
+EQUAL = toys.ToyStudent(toys.llama(1, tied=False))
+EQUAL.model.lm_head.weight.data.zero_()  # every target costs log V
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3), st.floats(1e-6, 1.0))
+def test_domains_of_equal_loss_have_that_loss_under_any_weights(some: list[float], least: float) -> None:
+    one = reweighing(dict(zip(ROWS, [value + (value == max(some)) * least for value in some], strict=True)), BOTH)
+    distiller, batch = Distiller(EQUAL, toys.ToyTeacher(toys.llama(2)), BOTH), lengths_apart()
+    plain, _ = stepped(domains(Follow()), distiller, [batch])
+    assert stepped(one, distiller, [batch])[0] == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_step_whose_rows_all_weigh_nothing_has_no_loss() -> None:
+    distiller = Distiller(EQUAL, toys.ToyTeacher(toys.llama(2)), BOTH)
+    loss, gradients = stepped(
+        reweighing({"code": 0, "math": 0, "prose": 1}, BOTH), distiller, [toys.batch(domains=("code",))]
+    )
+    assert loss == 0 and all(not gradient.any() for gradient in gradients)
+
+
+def test_reweighing_does_not_depend_on_how_a_step_is_cut() -> None:
+    terms = {**BOTH, "kl": ForwardKL()}
+    distiller = Distiller(toys.ToyStudent(toys.llama(1)), toys.ToyTeacher(toys.llama(2)), terms)
+    one, batch = reweighing({"code": 0.1, "math": 0.7, "prose": 0.2}, terms), lengths_apart()
+    loss, gradients = stepped(one, distiller, [batch])
+    assert loss != pytest.approx(stepped(domains(Follow()), distiller, [batch])[0], rel=1e-3)
+    for cuts in ([1, 2, 6], [5, 6], list(range(1, 7))):
+        parts = [toys.rows_of(batch, start, stop) for start, stop in zip([0, *cuts], cuts, strict=False)]
+        again, parts_gradients = stepped(one, distiller, parts)
+        assert again == pytest.approx(loss, rel=1e-5)
+        for part, whole in zip(parts_gradients, gradients, strict=True):
+            torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_reweighs_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    """Rows of `verse` are of one token; its share of the loss, and of its gradient, becomes half."""
+    changes = {
+        "run__steps": 3,
+        "objective": {"ce": {"_target_": "kdcli.objective.cross_entropy.CrossEntropy"}},
+        "batch__size": 8,
+        "domain_scheduler": node("token_share", quota="hamilton"),
+        "student_init__config__attention_dropout": 0.0,
+    }
+    told = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        (folder / "data").mkdir(parents=True)
+        for name, words in (("prose", 20), ("verse", 1)):
+            rows = [{"prompt": "say", "response": " ".join(runs.WORDS[i : i + words])} for i in range(20)]
+            (folder / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run_dir = runs.write_run(folder, **changes)
+        assert runs.work(run_dir, ranks=ranks) == [0] * ranks
+        told.append([line for line in runs.lines(run_dir) if line["step"]])
+    for one, two in zip(*told, strict=True):
+        assert two == pytest.approx(one, rel=1e-4)
+        parts = [one[f"domain/{n}/loss"] * one[f"domain/{n}/gradient_share"] for n in ("prose", "verse")]
+        assert one["loss/total"] == pytest.approx(sum(parts), rel=1e-5)
+    assert told[0][0]["domain/verse/gradient_share"] < 0.25 < told[0][-1]["domain/verse/gradient_share"]
 
 
 def test_one_domain_alone_keeps_all_the_weight_and_says_nothing_of_shares() -> None:
@@ -217,7 +318,7 @@ def test_state_goes_on_in_the_middle_of_an_interval(stop: int, actuator: str) ->
         found = []
         for step in steps:
             one.update(step)
-            batches = one.next(step)
+            batches, _ = one.weigh(one.next(step))
             found.append((one.weights, [(b.row, b.weight.tolist()) for b in batches]))
             one.observe(sums(code=(30 + step, 0.75, 2, 4), math=(10, 0.25, 1, 1)))
         return found
@@ -266,14 +367,10 @@ def test_shares_of_the_gradient_and_losses_make_up_the_loss(tmp_path: Path) -> N
     changes = {"objective": objective, "run__steps": 3, "run__save_every": 0, "batch__packing": True}
     run_dir = runs.write_run(tmp_path, **changes, domain_scheduler={**DDK, "interval": 1, "actuator": "reweight"})
     assert runs.work(run_dir) == [0]
-    drawn = json.loads((run_dir / "checkpoints/step-000003/state.json").read_text())["loader"]["weights"]
     for line in runs.lines(run_dir)[1:]:
         parts = [
             line[f"domain/{name}/loss"] * line[f"domain/{name}/gradient_share"]
             for name in ("prose", "verse")
             if f"domain/{name}/loss" in line
         ]
-        coefficient = sum(
-            line[f"domain/{name}/token_share"] * line[f"domain/{name}/weight"] / drawn[name] for name in drawn
-        )
-        assert line["loss/total"] == pytest.approx(sum(parts) * coefficient, rel=1e-4)
+        assert line["loss/total"] == pytest.approx(sum(parts), rel=1e-4)
