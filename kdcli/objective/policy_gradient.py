@@ -19,7 +19,8 @@ class PolicyGradient(Objective):
     """-A_t rho_t per target: reinforcement of the sampled tokens that the teacher finds likelier than the student.
 
         r_t = coef (log p - log q), held within +- reward_clip
-        A_t = sum_{i >= t} discount^(i - t) r_i, divided by the number of its terms with length_norm, then normalized
+        A_t = sum_{i >= t} discount^(i - t) r_i, divided by the number of its terms with length_norm, then normalized,
+              + reward_coef R, where the teacher gives a reward R of the whole sequence (teacher=reward_model)
         rho_t = exp(log q - log q_old), q_old the policy that wrote the text (1 where the batch does not say)
 
     Over text that the student writes, the expected gradient is that of KL(q || p): of each target's at discount 0, of
@@ -32,6 +33,8 @@ class PolicyGradient(Objective):
     (1 - a) q + a p (`teacher_mixed_alpha`), q_old is the mixture, so that rho has its importance weight w in it.
     The exact single-step part is another term, objective reverse_kl; `own_reward: false` then leaves r_t out of A_t,
     as in the paper's decomposition (the official code counts it in both). Its pre-training loss is cross_entropy.
+
+    With `coef` null R alone counts, as in REINFORCE (Williams 1992), and log p is not asked for.
 
     Departs from MiniLLM: `normalize` is within a sequence, since the mean and deviation of a batch would couple
     micro-batches (`whiten`: the official code's; `center`: tinker's); q in the reward is the present student's and not
@@ -47,7 +50,8 @@ class PolicyGradient(Objective):
     def __init__(
         self,
         *,
-        coef: float = 1.0,
+        coef: float | None = 1.0,
+        reward_coef: float | None = None,
         discount: float = 0.0,
         own_reward: bool = True,
         length_norm: bool = False,
@@ -58,8 +62,12 @@ class PolicyGradient(Objective):
         **settings: Unpack[TokenSettings],
     ) -> None:
         super().__init__(**settings)
-        if not coef > 0:
-            raise ConfigError(f"PolicyGradient: coef is {coef}; set a factor of the reward above 0")
+        if coef is not None and not coef > 0:
+            raise ConfigError(f"PolicyGradient: coef is {coef}; set a factor of the reward above 0, or null for none")
+        if reward_coef is not None and not reward_coef >= 0:
+            raise ConfigError(f"PolicyGradient: reward_coef is {reward_coef}; set a factor of at least 0, or null")
+        if coef is None and reward_coef is None:
+            raise ConfigError("PolicyGradient: coef and reward_coef are null, which leaves no reward; set one of them")
         if not 0 <= discount <= 1:
             raise ConfigError(f"PolicyGradient: discount is {discount}; set a factor in [0, 1]")
         if discount == 0 and not own_reward:
@@ -76,6 +84,7 @@ class PolicyGradient(Objective):
                 f"PolicyGradient: clip is {clip} and is_clip is {is_clip}, which bound the same ratio; set one to null"
             )
         self.coef = coef
+        self.reward_coef = reward_coef
         self.discount = discount
         self.own_reward = own_reward
         self.length_norm = length_norm
@@ -83,19 +92,25 @@ class PolicyGradient(Objective):
         self.normalize: Normalize = normalize
         self.clip = clip
         self.is_clip = is_clip
+        self.needs = Need.NOTHING if coef is None else Need.LOGPROBS
+        self.needs |= Need.NOTHING if reward_coef is None else Need.REWARD
 
     def forward(self, batch: Batch, student: StudentOutput, teacher: TeacherSignal) -> Tensor:
         assert student.logprobs is not None, "the student's log-probabilities were not asked for"
-        assert teacher.logprobs is not None, "the teacher's log-probabilities were not asked for"
         log_q = student.logprobs[batch.mask]  # [N] of the supervised targets, as all below
-        advantage = self._advantage(batch, teacher.logprobs[batch.mask] - log_q.detach())
+        advantage = torch.zeros_like(log_q)
+        if self.coef is not None:
+            assert teacher.logprobs is not None, "the teacher's log-probabilities were not asked for"
+            advantage = self._advantage(batch, self.coef * (teacher.logprobs[batch.mask] - log_q.detach()))
+        if self.reward_coef is not None:
+            assert teacher.reward is not None, "the teacher's rewards were not asked for"
+            advantage = advantage + self.reward_coef * teacher.reward.to(log_q.dtype)[batch.segment[batch.mask]]
         old = log_q.detach() if batch.old_logprobs is None else batch.old_logprobs[batch.mask].to(log_q.dtype)
         value = self._surrogate(advantage, log_q, old)
         return torch.zeros_like(student.logprobs).masked_scatter(batch.mask, value)
 
-    def _advantage(self, batch: Batch, log_ratio: Tensor) -> Tensor:
-        """A [N] of log p - log q [N]."""
-        reward = self.coef * log_ratio
+    def _advantage(self, batch: Batch, reward: Tensor) -> Tensor:
+        """A [N] of coef (log p - log q) [N]."""
         if self.reward_clip is not None:
             reward = reward.clamp(-self.reward_clip, self.reward_clip)
         sequence, place = _places(batch)

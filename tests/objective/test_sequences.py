@@ -150,7 +150,8 @@ def case(answers: Sequence[Answer] = MIXED, *, seed: int = 0, old: bool = True, 
         values = -spread(kind, (), 1.5).abs() - 0.05 * batch.mask
         return values.masked_fill(~batch.mask, 0.0)
 
-    teacher = TeacherSignal(logprobs=logprobs(2), reference_logprobs=logprobs(3))
+    reward = torch.linspace(-1.0, 1.5, len(answers), dtype=torch.float64).cos()
+    teacher = TeacherSignal(logprobs=logprobs(2), reference_logprobs=logprobs(3), reward=reward)
     if old:
         batch = replace(batch, old_logprobs=logprobs(1) + 0.3 * spread(4, (), 1.0) * batch.mask)
     return Case(batch, logprobs(1), spread(5, (D,), 1.0), teacher)
@@ -200,6 +201,8 @@ SETTINGS: dict[type[Objective], list[dict[str, Any]]] = {
         {"discount": 0.5, "own_reward": False, "length_norm": True, "normalize": "center"},
         {"is_clip": 1.1},
         {"clip": 0.1},
+        {"reward_coef": 0.5, "discount": 1.0, "normalize": "center"},
+        {"coef": None, "reward_coef": 2, "is_clip": 1.1},
     ],
 }
 VARIANTS = [(kind, settings) for kind, variants in SETTINGS.items() for settings in variants]
@@ -354,6 +357,7 @@ def test_a_group_alone_has_the_value_it_has_among_others(kind: type[Objective], 
         teacher = TeacherSignal(
             logprobs=whole.teacher.logprobs[part],  # pyright: ignore
             reference_logprobs=whole.teacher.reference_logprobs[part],  # pyright: ignore
+            reward=whole.teacher.reward[part],  # pyright: ignore
         )
         at = Case(alone, whole.logprobs[part], whole.hidden[part], teacher)
         there = slice(group, group + 1) if kind.unit is Unit.GROUP else part
@@ -423,11 +427,13 @@ def test_declares_what_it_needs(kind: type[Objective]) -> None:
     """Without what it does not ask for it runs; without what it asks for it says so."""
     for settings in SETTINGS[kind]:
         objective, at = fitted(kind, **settings), case()
-        given = {
-            Need.LOGPROBS: {"logprobs": at.teacher.logprobs},
-            Need.REFERENCE: {"reference_logprobs": at.teacher.reference_logprobs},
-            Need.NOTHING: {},
-        }[objective.needs]
+        fields_of = {
+            Need.LOGPROBS: "logprobs",
+            Need.REFERENCE: "reference_logprobs",
+            Need.REWARD: "reward",
+        }
+        assert not objective.needs & ~(Need.LOGPROBS | Need.REFERENCE | Need.REWARD)
+        given = {name: getattr(at.teacher, name) for need, name in fields_of.items() if need in objective.needs}
         objective(at.batch, at.student(), TeacherSignal(**given))
         if objective.needs:
             with pytest.raises(AssertionError, match="were not asked for"):
@@ -474,6 +480,8 @@ def test_only_the_order_of_scores_counts_where_no_score_is_in_the_formula(kind: 
         (DistiLLM2, {"alpha": 1.0}, "alpha is 1.0"),
         (DistiLLM2, {"beta": 2.5}, "beta is 2.5"),
         (PolicyGradient, {"coef": 0.0}, "coef is 0.0"),
+        (PolicyGradient, {"reward_coef": -1.0}, "reward_coef is -1.0"),
+        (PolicyGradient, {"coef": None}, "leaves no reward"),
         (PolicyGradient, {"discount": 1.5}, "discount is 1.5"),
         (PolicyGradient, {"own_reward": False}, "leaves no reward"),
         (PolicyGradient, {"normalize": "batch"}, "set none, center or whiten"),

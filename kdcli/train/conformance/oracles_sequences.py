@@ -339,7 +339,8 @@ def policy_gradient(
     student: Any,
     teacher: Any,
     *,
-    coef: float = 1.0,
+    coef: float | None = 1.0,
+    reward_coef: float | None = None,
     discount: float = 0.0,
     own_reward: bool = True,
     length_norm: bool = False,
@@ -353,7 +354,7 @@ def policy_gradient(
     for places in _places(batch):
         rewards = []
         for place in places:
-            reward = coef * float(teacher.logprobs[place] - student.logprobs[place])
+            reward = 0.0 if coef is None else coef * float(teacher.logprobs[place] - student.logprobs[place])
             rewards.append(reward if reward_clip is None else max(-reward_clip, min(reward_clip, reward)))
         advantages = []
         for t in range(len(rewards)):
@@ -365,6 +366,9 @@ def policy_gradient(
             spread = sum((a - mean) ** 2 for a in advantages) / len(advantages)
             scale = 1 / math.sqrt(spread + 1e-8) if normalize == "whiten" else 1.0
             advantages = [(a - mean) * scale for a in advantages]
+        if reward_coef is not None and places:
+            whole = reward_coef * float(teacher.reward[batch.segment[places[0]]])
+            advantages = [advantage + whole for advantage in advantages]
         for place, advantage in zip(places, advantages, strict=True):
             now = float(student.logprobs[place])
             before = now if batch.old_logprobs is None else float(batch.old_logprobs[place])
