@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.api import Batch
+from kdcli.errors import ConfigError
 from kdcli.ops.head import Head
 from kdcli.store.layers import stack
 from kdcli.student_init._calibrate import evaluating, nats_of
@@ -44,6 +45,12 @@ def kept_layers(
             losses = losses_without(model, head, rows, dropped)
             dropped.add(min(losses, key=lambda layer: (losses[layer], layer)))
         return [layer for layer in range(total) if layer not in dropped]
+
+
+def check_keep(keep: int, total: int, setting: str) -> None:
+    """Raises ConfigError unless 1 <= keep <= total."""
+    if not 1 <= keep <= total:
+        raise ConfigError(f"student_init.{setting} is {keep}; the model has {total} layers, so give 1 to {total}")
 
 
 def losses_without(model: Any, head: Head, rows: Sequence[Batch], dropped: Collection[int] = ()) -> dict[int, float]:

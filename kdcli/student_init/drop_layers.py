@@ -10,7 +10,7 @@ from kdcli.errors import ConfigError
 from kdcli.store.models import real_ids
 from kdcli.student_init._calibrate import Calibration, compared
 from kdcli.student_init._models import source_of, source_shape, tokenizer_of
-from kdcli.student_init._ranking import Importance, kept_layers
+from kdcli.student_init._ranking import Importance, check_keep, kept_layers
 from kdcli.student_init._surgery import cut
 
 log = logging.getLogger(__name__)
@@ -75,9 +75,3 @@ class DropLayers(StudentInit):
         held_out = self.calibration.held_out(tokenizer, source.device)
         log.info("student: %s", compared(source, model, tokenizer, held_out))
         student.adopt(model, tokenizer)
-
-
-def check_keep(keep: int, total: int, setting: str) -> None:
-    """Raises ConfigError unless 1 <= keep <= total."""
-    if not 1 <= keep <= total:
-        raise ConfigError(f"student_init.{setting} is {keep}; the model has {total} layers, so give 1 to {total}")
