@@ -9,8 +9,8 @@ import os
 import pickle
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.api import Engine, OptimizerFactory, ScheduleFactory
-from kdcli.engine import _reshard, _schedule
+from kdcli.engine import _frozen, _reshard, _schedule
 from kdcli.errors import ConfigError, NumericsError
 from kdcli.store import atomic
 from kdcli.store.fault import fault
@@ -71,6 +71,7 @@ class Zero(Engine):
         self.device = torch.device("cpu")
         self._engine: Any = None
         self._optimizer: Any = None
+        self._frozen: list[_frozen.Frozen] = []
         self._overflows = 0
         self._joined = False  # the process group is ours to destroy
 
@@ -237,6 +238,13 @@ class Zero(Engine):
         torch.distributed.all_gather_object(values, value)
         return values
 
+    def whole(self, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
+        return _frozen.whole(parameters)
+
+    def sharded(self, load: Callable[[], Any], dtype: torch.dtype) -> Any:
+        self._frozen.append(_frozen.Frozen(load, dtype))
+        return self._frozen[-1].model
+
     # ---------------------------------------------------------------------------------------- save, load, export
 
     def save(self, folder: Path) -> None:
@@ -341,6 +349,9 @@ class Zero(Engine):
         if self._engine is not None:
             self._engine.destroy()
             self._engine = self._optimizer = None
+        for frozen in self._frozen:
+            frozen.close()
+        self._frozen = []
         if self._joined and self.world_size == 1:
             import deepspeed
 

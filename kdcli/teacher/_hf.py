@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
-from kdcli.api import Batch, ModelShape, Need, Teacher, TeacherSignal
-from kdcli.errors import ConfigError
+from kdcli.api import Batch, ModelShape, Need, Task, Teacher, TeacherSignal
 from kdcli.ops.head import Head
 from kdcli.store.layers import Layers, provides, run, shape_of
 from kdcli.store.models import load_config, load_model, load_tokenizer, real_ids
+from kdcli.store.weights import model_fingerprint
 from kdcli.teacher._signal import refuse_places, signal_of
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -59,11 +58,20 @@ class Frozen(Teacher):
             None  # transformers.PreTrainedModel, from `load` on; a leaf may keep its parameters elsewhere
         )
         self.head: Head | None = None  # its weight is a plain tensor, whole
+        self.tied = False  # the head's weight is the input embedding's
 
     def load_tokenizer(self) -> Any:
         if self.tokenizer is None:
             self.tokenizer = load_tokenizer(self.path, **self._source)
         return self.tokenizer
+
+    def fingerprint(self) -> str:
+        """Of the weights, dtype and quantization: where the parameters live changes no number."""
+        quantization = getattr(self, "quantization", None)
+        return model_fingerprint(self.path, self.dtype, self.revision, *([quantization] if quantization else []))
+
+    def load_task(self) -> Task:
+        return Task()
 
     def shape(self) -> ModelShape:
         """Of the loaded model, or else of its config, which needs no weights."""
@@ -103,6 +111,7 @@ class Frozen(Teacher):
     def _take(self, model: Any) -> None:
         """Hold `model`, and its head."""
         self.frozen = model.requires_grad_(False)
+        self.tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         head = Head.of(model, real_ids(self.load_tokenizer()))
         bias = None if head.bias is None else self._whole(head.bias)
         self.head = replace(head, weight=self._whole(head.weight), bias=bias)
@@ -118,11 +127,4 @@ class Frozen(Teacher):
     def _embedding(self) -> Tensor:
         """[V', D] of the input ids; that of the head where they are one."""
         assert self.head is not None, "load() comes first"
-        own = self.frozen.get_input_embeddings().weight
-        return self.head.weight if own is self.frozen.get_output_embeddings().weight else self._whole(own)
-
-
-def require(package: str, extra: str, what: str) -> None:
-    """Raise ConfigError where a package that is in one of kdcli's extras is not installed."""
-    if find_spec(package) is None:
-        raise ConfigError(f'{what} needs {package}, which is not installed: pip install "kdcli[{extra}]"')
+        return self.head.weight if self.tied else self._whole(self.frozen.get_input_embeddings().weight)

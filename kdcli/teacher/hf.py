@@ -7,7 +7,8 @@ from typing import Any, Literal, Unpack
 
 import torch
 
-from kdcli.teacher._hf import Frozen, Settings, require
+from kdcli.store.adapters import require
+from kdcli.teacher._hf import Frozen, Settings
 
 Quantization = Literal["8bit", "4bit"]
 
