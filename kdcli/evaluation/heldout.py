@@ -42,7 +42,7 @@ class Heldout(Evaluator):
     def __call__(self, subject: Subject, step: int) -> dict[str, float]:
         del step
         if self._parts is None:
-            self._parts = self._prepare(subject.tokenizer)
+            self._parts = self._prepare(subject.tokenizer, subject.reading)
         names = list(dict.fromkeys(name for part in self._parts for name in part.domains))
         # Every rank adds up the same keys, also of domains it has no row of.
         sums = {f"{name}/{key}": 0.0 for name in names for key in ("tokens", *SUMS)}
@@ -53,8 +53,8 @@ class Heldout(Evaluator):
         sums["teacher"] = float(scores.teacher_nll is not None)  # every rank has scored at least one part
         return _metrics(names, subject.sum(sums))
 
-    def _prepare(self, tokenizer: Any) -> list[_Part]:
-        rows_by_domain, _ = encode(self.data, tokenizer, max_length=self.max_length, overflow="split")
+    def _prepare(self, tokenizer: Any, reading: Mapping[str, Any]) -> list[_Part]:
+        rows_by_domain, _ = encode(self.data, tokenizer, max_length=self.max_length, overflow="split", **reading)
         if ALL in rows_by_domain:
             raise ConfigError(f"evaluation: a domain cannot be called {ALL!r}, which names their pool; rename it")
         chosen = [(name, row) for name, rows in rows_by_domain.items() for row in rows[: self.rows]]

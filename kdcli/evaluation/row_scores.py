@@ -53,7 +53,7 @@ class RowScores(Evaluator):
 
     def __call__(self, subject: Subject, step: int) -> dict[str, float]:
         del step
-        rows, _ = encode(self.data, subject.tokenizer, max_length=self.max_length, overflow="split")
+        rows, _ = encode(self.data, subject.tokenizer, max_length=self.max_length, overflow="split", **subject.reading)
         if "all" in rows:
             raise ConfigError("evaluation: a domain cannot be called 'all', which names their pool; rename it")
         sums: dict[str, float] = defaultdict(float)

@@ -111,7 +111,12 @@ def _by_head(fused: Tensor, shape: ModelShape) -> tuple[Tensor, Tensor, Tensor]:
     return one.flatten(-2), two.flatten(-2), three.flatten(-2)
 
 
-APART = ("q_proj", "k_proj", "v_proj")
+APART = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),  # BERT and what follows it
+    ("q_lin", "k_lin", "v_lin"),  # DistilBERT
+    ("query_proj", "key_proj", "value_proj"),  # DeBERTa
+)
 FUSED: dict[tuple[str, str], Split] = {  # model type and projection -> how it is laid out
     ("gpt2", "c_attn"): _by_kind,
     ("phi3", "qkv_proj"): _by_kind,
@@ -139,16 +144,17 @@ def _projections(model: Any) -> list[_Projection]:
         fused = ", ".join(f"{name} of {kind}" for kind, name in FUSED)
         raise ConfigError(
             f"{type(model).__name__}: layer {1 + next(i for i, one in enumerate(found) if len(one) != 1)} has no known "
-            f"queries, keys and values (known are {', '.join(APART)}, and {fused}); choose an objective that compares "
-            "hidden states, such as hidden_mse"
+            f"queries, keys and values (known are {', '.join(', '.join(names) for names in APART)}, and {fused}); "
+            "choose an objective that compares hidden states, such as hidden_mse"
         )
     return [one[0] for one in found]
 
 
 def _projection(module: nn.Module, config: Any, shape: ModelShape) -> _Projection | None:
-    apart = tuple(one for name in APART if isinstance(one := getattr(module, name, None), nn.Module))
-    if len(apart) == len(APART):
-        return _Projection(apart, shape)
+    for names in APART:
+        apart = tuple(one for name in names if isinstance(one := getattr(module, name, None), nn.Module))
+        if len(apart) == len(names):
+            return _Projection(apart, shape)
     for (kind, name), split in FUSED.items():
         one = getattr(module, name, None)
         if config.model_type == kind and isinstance(one, nn.Module):

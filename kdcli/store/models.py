@@ -17,6 +17,7 @@ from filelock import FileLock
 from kdcli.errors import ConfigError
 from kdcli.store import paths
 from kdcli.store.content import file_hash
+from kdcli.store.weights import weights_hash as weights_hash
 
 log = logging.getLogger(__name__)
 
@@ -62,31 +63,38 @@ def load_model(
     attention: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    auto: str = "AutoModelForCausalLM",
+    settings: Mapping[str, Any] | None = None,
+    new_head: bool = False,
     placed: Mapping[str, Any] | None = None,
 ) -> Any:
     """A causal language model in `dtype` on `device`, in evaluation mode; or where `placed` puts it: options of
     transformers, such as `device_map`.
 
+    `auto` names another class of transformers, and `settings` change its config. `new_head`: what stands behind the
+    backbone may be missing, and is then random, or left over, as where a classifier begins as a language model.
+
     Raises ConfigError if there is no such model, or if its weights are pickled, damaged, or not exactly those of
     the architecture: a layer that was not in the file would be random, and nobody would notice.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     where, options = _locate(path, dtype, revision, trust_remote_code)
     _refuse_pickles(path, where)
     with _explained(path, "model"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = getattr(transformers, auto).from_pretrained(
             where,
             dtype=getattr(torch, dtype),
             attn_implementation=attention,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # reported below with their names
             output_loading_info=True,
+            **(settings or {}),
             **(placed or {}),
             **options,
         )
     model, report = loaded
-    require_complete(path, report)
+    require_complete(path, _of_backbone(model, report) if new_head else report)
     return (model if placed else model.to(device)).eval()
 
 
@@ -103,6 +111,25 @@ def require_complete(path: str, report: Mapping[str, Any]) -> None:
                 f"{path}: {kind} weights: {listed}; config.json and the safetensors files do not describe the same"
                 " causal language model, so use a complete export (`save_pretrained`) of it"
             )
+
+
+def _of_backbone(model: Any, report: Mapping[str, Any]) -> dict[str, list[str]]:
+    """What a report says of the backbone: without the head of a task, and the pooler that only such a head reads."""
+    parts = {name for name, _ in model.base_model.named_children()} - {"pooler"}
+    prefix = f"{model.base_model_prefix}."
+
+    def kept(key: Any) -> bool:
+        name = str(key[0] if isinstance(key, tuple) else key).removeprefix(prefix)
+        return name.partition(".")[0] in parts and not name.endswith("position_ids")
+
+    kinds = {
+        kind: [str(key[0] if isinstance(key, tuple) else key) for key in keys]
+        for kind, keys in report.items()
+        if kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if fresh := sorted(name for name in kinds["missing_keys"] + kinds["mismatched_keys"] if not kept(name)):
+        log.info("%s: begins with random weights: %s", type(model).__name__, ", ".join(fresh))
+    return {kind: [name for name in names if kept(name)] for kind, names in kinds.items()}
 
 
 def _locate(path: str, part: str, revision: str | None, trust: bool) -> tuple[str, dict[str, Any]]:

@@ -13,9 +13,11 @@ from kdcli.errors import ConfigError
 UNNAMED = re.compile(r"LABEL_\d+")  # transformers' own names
 
 
-def settle(student: Student, teacher: Teacher) -> Task:
-    """Set `student.task`, with the teacher's labels where the student names none. Raises ConfigError where nobody
-    does."""
+def task_of(student: Student, teacher: Teacher) -> Task:
+    """Set and return `student.task`, with the teacher's labels where the student names none.
+
+    Raises ConfigError where nobody does.
+    """
     task = student.load_task()
     if task.kind == "classification" and not task.labels:
         other = teacher.load_task()

@@ -7,11 +7,11 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from kdcli.api import Example
+from kdcli.api import Example, Task
 from kdcli.store.examples import BadRow, content_key
 from kdcli.store.tokens import Segment, TeacherTokens
 from kdcli.text import view
@@ -30,6 +30,7 @@ class Settings:
     chat_template: str | None = None
     pairs: bool = False  # the rejected answer of a preference row is wanted too
     groups: bool = False  # scored answers of equal group are wanted together
+    task: Task = field(default_factory=Task)
 
     def paired(self, example: Example) -> bool:
         """Whether an example becomes two sequences, the better answer and the worse."""
@@ -58,7 +59,15 @@ class Outcome:
     problem: str | None = None
 
 
-def outcomes(examples: Iterable[Example], worker: Worker, workers: int = 1) -> Iterator[Outcome]:
+class Work(Protocol):
+    """Makes outcomes of a block of examples; `given` makes another like it."""
+
+    given: tuple[Any, Settings, Any]
+
+    def __call__(self, examples: Sequence[Example]) -> list[Outcome]: ...
+
+
+def outcomes(examples: Iterable[Example], worker: Work, workers: int = 1) -> Iterator[Outcome]:
     """The outcome of each example, in order: `worker`'s own, or that of several processes like it."""
     blocks = _blocks(examples)
     if workers == 1:
@@ -181,13 +190,21 @@ def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:
         yield block
 
 
-_worker: Worker | None = None  # of a worker process
+def worker_of(tokenizer: Any, settings: Settings, teacher_tokenizer: Any = None) -> Work:
+    """What does the work of the settings' task."""
+    from kdcli.text._tasks import TaskWorker  # which imports this module
+
+    kind = Worker if settings.task.kind == "causal" else TaskWorker
+    return kind(tokenizer, settings, teacher_tokenizer)
+
+
+_worker: Work | None = None  # of a worker process
 
 
 def _start(tokenizer: Any, settings: Settings, teacher_tokenizer: Any) -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    _worker = Worker(tokenizer, settings, teacher_tokenizer)
+    _worker = worker_of(tokenizer, settings, teacher_tokenizer)
 
 
 def _run(examples: list[Example]) -> list[Outcome]:

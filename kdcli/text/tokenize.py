@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import xxhash
 
-from kdcli.api import Data
+from kdcli.api import Data, Task
 from kdcli.errors import ConfigError, DataError
 from kdcli.store import paths
 from kdcli.store.tokens import Segments, SegmentWriter, TokenRows
 from kdcli.text._cache import bundling_plan, locked, new_folder, packing_plan, read_report, write_report
-from kdcli.text._workers import Outcome, Settings, Worker, outcomes
+from kdcli.text._workers import Outcome, Settings, outcomes, worker_of
 from kdcli.text.counts import Counts, EncodeReport
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2  # of the cached files and of what is in them; a change makes old caches unread
 NAMED = 20  # lost rows that the report names per domain
 LARGE = 200_000  # examples of a domain from which on several processes pay
+TEXT = Task()
 LOUD = 0.05  # share of examples lost to truncation from which on a warning is due
 
 
@@ -41,6 +42,7 @@ def encode(
     chat_template: str | None = None,
     columns: Collection[str] = (),
     teacher_tokenizer: Any = None,
+    task: Task = TEXT,
 ) -> tuple[dict[str, TokenRows], EncodeReport]:
     """Domain -> rows of at most `max_length` tokens, memory-mapped, and a report.
 
@@ -57,11 +59,16 @@ def encode(
     and tokens, with the stretches of the answer that both cut alike. Without it they do where a row has a
     `teacher_prompt`.
 
+    `task` is what the student makes of a row; other than `causal` it takes no template, cuts a prompt rather than its
+    label or response, and for `classification` the other tokenizer reads the prompt for the same label.
+
     Raises ConfigError when a domain is left without a target, when rows of several sequences were to be packed, and
     whatever reading the data raises.
     """
     if max_length < 2:
         raise ConfigError(f"batch.max_length is {max_length}; a row needs at least 2 tokens")
+    if packing and task.kind != "causal":
+        raise ConfigError(f"batch.packing: rows of a {task.kind} student are not packed; set it false")
     bundled = sorted({"rejected", "group"} & set(columns))
     if packing and bundled:
         raise ConfigError(
@@ -73,6 +80,7 @@ def encode(
         chat_template=chat_template,
         pairs="rejected" in columns,
         groups="group" in columns,
+        task=task,
     )
     folder = paths.cache() / "tokens" / _cache_key(data, tokenizer, settings, teacher_tokenizer)
     folder.parent.mkdir(mode=0o700, exist_ok=True)
@@ -121,7 +129,7 @@ def _write_all(
     folder: Path, data: Data, tokenizer: Any, settings: Settings, workers: int | None, teacher_tokenizer: Any
 ) -> EncodeReport:
     """Write each domain's segments to NUMBER.arrow."""
-    report, worker = EncodeReport(domains={}), Worker(tokenizer, settings, teacher_tokenizer)
+    report, worker = EncodeReport(domains={}), worker_of(tokenizer, settings, teacher_tokenizer)
     for number, (name, examples) in enumerate(data.domains().items()):
         known = set(data.bad_rows())
         found = outcomes(_shown(name, examples), worker, _processes(workers, examples))

@@ -33,6 +33,7 @@ class Run:
     save_every: int = 0
     keep_checkpoints: int = 2
     resume: str = "auto"
+    export_dtype: str = "bf16"
 
     distiller: Distiller
     engine: Engine
@@ -45,6 +46,7 @@ class Run:
     interrupt: Interrupt = field(default_factory=Interrupt)
     config: Mapping[str, Any] = field(default_factory=dict)  # for reporters and the model card
     note: Mapping[str, Any] = field(default_factory=dict)  # for COMMIT.json
+    reading: Mapping[str, Any] = field(default_factory=dict)  # what evaluations tell the tokenization
 
     @property
     def student(self) -> Student:

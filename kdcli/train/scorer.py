@@ -24,9 +24,17 @@ class StopScoring(Exception):
 class Scorer(Subject):
     """Scores on the CPU. Between two calls all ranks may agree to stop: StopScoring."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, interrupt: Interrupt, folder: Path = Path()) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        interrupt: Interrupt,
+        folder: Path = Path(),
+        reading: Mapping[str, Any] | None = None,
+    ) -> None:
         self.engine = engine
         self.folder = folder
+        self.reading = reading or {}
         self.tokenizer = tokenizer
         self.rank, self.world_size = engine.rank, engine.world_size
         self.interrupt = interrupt

@@ -22,11 +22,12 @@ from kdcli.api import (
 )
 from kdcli.config.build import build, build_schedules, build_terms, optimizer_factory, schedule_factory
 from kdcli.errors import ConfigError
-from kdcli.store import atomic
+from kdcli.store import atomic, blueprint
 from kdcli.store.fault import fault
+from kdcli.store.tasks import task_of
 from kdcli.store.tokens import Row
+from kdcli.text.reading import differ, reading
 from kdcli.text.tokenize import encode
-from kdcli.text.vocabulary import share_ids
 from kdcli.train.distiller import Distiller
 from kdcli.train.domains import Domains
 from kdcli.train.heldout import HeldOut, first_rows, hold_out
@@ -63,19 +64,22 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
     reporters = list(build_terms(config.get("report"), Reporter).values()) if engine.rank == 0 else []
     scheduler = build(config["domain_scheduler"], DomainScheduler)
 
-    tokenizer, other = begin.load_tokenizer(student, teacher), teacher.load_tokenizer()
-    foreign = other is not None and not share_ids(other.get_vocab(), tokenizer.get_vocab())
+    tokenizer, other = student.prepared(begin.load_tokenizer(student, teacher)), teacher.load_tokenizer()
+    task = task_of(student, teacher)
+    labels = reading(task, tokenizer, other)
+    foreign = other is not None and differ(tokenizer, other) and task.kind != "classification"
     if problem := problem_of(scheduler.signals, teacher, foreign=foreign):
         raise ConfigError(f"domain_scheduler: {type(scheduler).__name__} cannot work: {problem}")
     across = any(objective.cross_tokenizer for objective in objectives.values()) or scheduler.signals & OF_TEACHER
     columns = {column for objective in objectives.values() for column in objective.columns}
     fault("data.prepare", rank=engine.rank)
-    told = {"columns": columns, "teacher_tokenizer": other if foreign and across else None}
+    told = {"columns": columns, **labels} | ({"teacher_tokenizer": other} if foreign and across else {})
     rows, held_out = _rows(run_dir, config, tokenizer, bool(scheduler.signals & PROBED), engine.rank, **told)
     teacher.place(engine)
     teacher.load(engine.device)
     student.load(engine.device)
     begin(student, teacher)
+    student.settle()
     teacher.follow(student)
     sizes = {name: len(part) for name, part in rows.items()}
     loader = Loader(
@@ -97,6 +101,8 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
         lr_schedule=schedule_factory(config["lr_schedule"]),
         micro_size=batch["micro_size"],
     )
+    if engine.rank == 0:
+        blueprint.keep(run_dir, student)
     probe = None
     if held_out is not None:
         probe = Probe(
@@ -110,7 +116,7 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
             scheduler.signals,
             distiller=distiller,
             engine=engine,
-            scorer=Scorer(engine, student.tokenizer, interrupt),
+            scorer=Scorer(engine, student.tokenizer, interrupt, reading=labels),
             file=run_dir / "probe.json",
             source=digest({key: config[key] for key in ("teacher", "batch")}),
         )
@@ -128,6 +134,7 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
         interrupt=interrupt,
         config=config,
         note={"config": digest(config)},
+        reading=labels,
     )
 
 

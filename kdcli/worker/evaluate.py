@@ -11,6 +11,8 @@ import torch
 from kdcli.api import Evaluator, Reporter, Student, Teacher
 from kdcli.config.build import build, build_terms
 from kdcli.store.metrics import MetricsLog
+from kdcli.store.tasks import task_of
+from kdcli.text.reading import reading
 from kdcli.train.distiller import Distiller
 from kdcli.train.interrupt import Interrupt
 from kdcli.train.scorer import Scorer
@@ -22,6 +24,8 @@ def work(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None
     with started(config) as engine:
         teacher, student = build(config["teacher"], Teacher), build(config["student"], Student)
         evaluations = build_terms(config["evaluation"], Evaluator)
+        task = task_of(student, teacher)
+        told = reading(task, student.load_tokenizer(), teacher.load_tokenizer())
         teacher.place(engine)
         teacher.load(engine.device)
         student.load(engine.device)
@@ -35,7 +39,7 @@ def work(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None
         )
         distiller.eval()
         metrics: dict[str, float] = {}
-        scorer = Scorer(engine, student.tokenizer, interrupt, run_dir)
+        scorer = Scorer(engine, student.tokenizer, interrupt, run_dir, told)
         for name, evaluator in evaluations.items():
             metrics |= {f"eval/{name}/{key}": value for key, value in evaluator(scorer, 0).items()}
     if engine.rank == 0:

@@ -49,6 +49,7 @@ class Scorer:
     """A subject: one rank of `world_size`. Adding up over ranks is the test's `total`, or this rank's own values."""
 
     tokenizer = TOKENIZER
+    reading: dict = {}
 
     def __init__(self, teacher: Any = None, rank: int = 0, world_size: int = 1, total: Any = None) -> None:
         student = toys.ToyStudent(families.model("llama", seed=1), REAL)

@@ -48,6 +48,7 @@ class Ranks:
 
 class Subject:
     tokenizer = TOKENIZER
+    reading: dict = {}
 
     def __init__(self, folder: Path, *, ranks: Ranks | None = None, rank: int = 0, teacher: Any = None) -> None:
         student = toys.ToyStudent(families.model("llama", seed=1), REAL)
