@@ -42,6 +42,7 @@ class Adaptive(DomainScheduler):
     last one, where it has no held-out rows, and where nobody knows the teacher's number.
     """
 
+    cross_entropy: bool = False  # whether the training loss it reads must be the student's cross entropy
     remembered: ClassVar[tuple[str, ...]] = ()  # attributes of a method that are part of its state
 
     def __init__(

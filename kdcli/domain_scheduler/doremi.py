@@ -27,9 +27,9 @@ class DoReMi(Adaptive):
     answer is the average of p over all updates (`averages`), which then is `static` in the run that counts.
 
     `reference` is a loss per domain, or null: the teacher's on held-out rows, in place of the paper's reference model.
-    The training loss is that of the run's objectives, so it must be a cross entropy to be compared with a
-    teacher's. `losses: heldout` takes the student's loss on held-out rows instead, which fits any objective; each
-    update then costs a probe, so raise `interval`.
+    The training loss is that of the run's objectives, so it must be the cross entropy to be compared with a reference's;
+    a config where it is not is refused. `losses: heldout` takes the student's loss on held-out rows instead, which
+    fits any objective; each update then costs a probe, so raise `interval`.
 
     Departs from Algorithm 1: the excess is clipped at 0 per domain and not per token.
     """
@@ -51,6 +51,7 @@ class DoReMi(Adaptive):
             raise ConfigError(f"domain_scheduler.floor is {floor}; give a share between 0 and 1")
         self.reference = None if reference is None else dict(reference)
         self.field = "trained" if losses == "trained" else "student"
+        self.cross_entropy = losses == "trained"
         self.step_size = step_size  # eta = 1, scripts/runs/run_pile_doremi120M.sh
         self.floor = floor  # c = 1e-3, the same
 

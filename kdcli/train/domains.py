@@ -76,7 +76,8 @@ class Domains(Stateful):
         """Metrics per domain of a step, from the sums of its tallies over all ranks; none where there is one domain.
 
         `loss` is the sum over terms of weight x (mean over the domain's units), `gradient_share` the domain's share of
-        the coefficients that the values of all terms have in the loss.
+        the coefficients that the values of all terms have in the loss, `epoch` how often its rows have been gone
+        through, and `average` the scheduler's mean of the weights after each update, where it keeps one.
         """
         names = list(self.weights)
         targets = {name: sums.get(f"domain/{name}/targets", 0.0) for name in names}
@@ -97,6 +98,7 @@ class Domains(Stateful):
         shares = {"prompt_share": rows, "token_share": targets, "gradient_share": coefficient}
         totals = {key: math.fsum(values.values()) for key, values in shares.items()}
         metrics: dict[str, float] = {}
+        epochs = self.loader.epochs
         for name in names:
             place = f"domain/{name}"
             metrics[f"{place}/weight"] = self.weights[name]
@@ -104,6 +106,9 @@ class Domains(Stateful):
                 metrics[f"{place}/loss"] = loss[name]
             for key, values in shares.items():
                 metrics[f"{place}/{key}"] = values[name] / totals[key] if totals[key] else 0.0
+            metrics[f"{place}/epoch"] = epochs[name]
+        if averages := getattr(self.scheduler, "averages", None):
+            metrics |= {f"domain/{name}/average": value for name, value in averages().items()}
         return metrics
 
     def update(self, step: int) -> None:

@@ -14,6 +14,7 @@ from tests import runs
 
 DDK = {"_target_": "kdcli.domain_scheduler.ddk.DDK"}
 DOGE = {"_target_": "kdcli.domain_scheduler.doge.DoGE", "lr": 0.01}
+DOREMI = {"_target_": "kdcli.domain_scheduler.doremi.DoReMi"}
 NONE = {"_target_": "kdcli.teacher.none.NoTeacher"}
 CE = {"ce": {"_target_": "kdcli.objective.cross_entropy.CrossEntropy"}}
 
@@ -34,6 +35,17 @@ def held_out(path: Path) -> dict[str, Any]:
             {"domain_scheduler": DDK, "teacher": NONE, "objective": CE, "student__path": "recipes://data/tiny_teacher"},
             "domain_scheduler: DDK cannot work: it needs the teacher's logprobs, which NoTeacher does not provide",
         ),
+        (
+            {"domain_scheduler": DOREMI},
+            r"DoReMi compares .* a cross entropy, and here objective\.kd is not .* set domain_scheduler\.losses=heldout",
+        ),
+        ({"domain_scheduler": DOREMI | {"reference": {"prose": 2.0, "verse": 3.0}}}, r"objective\.kd is not its cross"),
+        ({"domain_scheduler": DOREMI, "objective": {"ce": CE["ce"] | {"weight": 0.5}}}, r"objective\.ce is not"),
+        (
+            {"domain_scheduler": DOREMI, "objective": {"ce": CE["ce"] | {"label_smoothing": 0.1}}},
+            r"objective\.ce is not",
+        ),
+        ({"domain_scheduler": DOREMI, "objective": {"ce": CE["ce"], "b": CE["ce"]}}, "a weighted sum"),
         ({"domain_scheduler": DOGE, "engine__stage": 3}, r"whole gradients.* set engine=zero2"),
         ({"probe__rows": 0}, r"probe\.rows: is 0, but must be at least 1"),
         ({"probe__data": 3}, r"probe\.data: "),
@@ -43,6 +55,18 @@ def held_out(path: Path) -> dict[str, Any]:
 def test_what_cannot_be_measured_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         check(config(tmp_path, **changes))
+
+
+def test_a_training_loss_that_is_a_cross_entropy_may_be_compared_with_one(tmp_path: Path) -> None:
+    check(config(tmp_path, domain_scheduler=DOREMI, objective=CE))
+    check(config(tmp_path, domain_scheduler=DOREMI | {"losses": "heldout", "interval": 10}))
+    check(config(tmp_path, domain_scheduler={"_target_": "kdcli.domain_scheduler.odm.ODM"}))  # compares it with nothing
+
+
+def test_a_weight_that_changes_makes_no_cross_entropy(tmp_path: Path) -> None:
+    falling = {"ce": CE["ce"] | {"weight": {"schedule": "linear", "start": 1, "end": 0}}}
+    with pytest.raises(ConfigError, match=r"domain_scheduler: DoReMi compares"):
+        check(config(tmp_path, domain_scheduler=DOREMI, objective=falling))
 
 
 def test_domains_without_held_out_rows_are_named(tmp_path: Path) -> None:

@@ -29,11 +29,15 @@ def test_a_scheduler_works_in_a_run(name: str, tmp_path: Path) -> None:
     weights = [[line[f"domain/{domain}/weight"] for domain in ("prose", "verse")] for line in steps]
     assert len(weights) == STEPS
     assert all(math.fsum(pair) == pytest.approx(1.0) for pair in weights)
+    averaged = [steps[-1].get(f"domain/{domain}/average") for domain in ("prose", "verse")]
+    if averaged != [None, None]:  # of the weights after each of the updates, which came after steps 1 to 5
+        assert averaged == pytest.approx([math.fsum(pair[n] for pair in weights[1:]) / (STEPS - 1) for n in (0, 1)])
+    assert (averaged != [None, None]) == ("interval" in node(name))
     assert (weights[-1] != weights[0]) == (name not in ("natural", "uniform", "temperature", "static"))
 
 
 def test_schedulers_of_training_losses_need_no_probe_after_the_teachers_half(tmp_path: Path) -> None:
-    run_dir = write_run(tmp_path, domain_scheduler=node("doremi"), probe__rows=2)
+    run_dir = write_run(tmp_path, domain_scheduler=node("doremi"), probe__rows=2, objective=CROSS_ENTROPY)
     assert work(run_dir) == [0], state(run_dir)
     assert (run_dir / "probe.json").exists()
     assert not [key for line in lines(run_dir) for key in line if key.startswith("probe/")]

@@ -144,6 +144,8 @@ def test_metrics_of_a_step_are_shares_and_means_per_domain() -> None:
     assert sum(found[f"domain/{name}/prompt_share"] for name in ROWS) == pytest.approx(1.0)
     drawn = {name: found[f"domain/{name}/prompt_share"] * 8 for name in ROWS}
     assert drawn == pytest.approx(one.loader.drawn)
+    epochs = {name: count / len(ROWS[name]) for name, count in one.loader.drawn.items()}
+    assert {name: found[f"domain/{name}/epoch"] for name in ROWS} == epochs
 
 
 def test_reweight_draws_as_before_and_multiplies_losses() -> None:
