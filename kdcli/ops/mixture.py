@@ -17,6 +17,7 @@ from kdcli.ops.head import Head
 Pool = Literal["probabilities", "logits"]
 
 
+@torch.no_grad()
 def mixed(members: Sequence[tuple[Tensor, Tensor, Head]], pool: Pool) -> Tensor:
     """Logits [..., V] in float32 (float64 with a float64 head) of members (weight [...], hidden [..., D], head).
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ Missing = Literal["tail", "renormalize", "teacher_only"]
 class _Entries(Protocol):
     """`kdcli.api.TopK`, which this layer does not know."""
 
-    __dataclass_fields__: dict[str, Any]
+    __dataclass_fields__: ClassVar[dict[str, Any]]
     ids: Tensor
     logprobs: Tensor
 

@@ -145,7 +145,7 @@ class Ensemble(Composite):
         )
         signal = TeacherSignal(voices=voices, pool=self.pool)
         if Need.LOGPROBS in needs:
-            values = target_logprobs(voices, self.pool, batch)
+            values = target_logprobs(voices, self.pool, batch).float()
             signal.logprobs = torch.zeros(batch.mask.shape, device=values.device).masked_scatter(batch.mask, values)
         return signal
 

@@ -27,6 +27,7 @@ from kdcli.ops import divergence
 from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, rows_at_once, target_logprobs
 from kdcli.ops.head import Head
 from kdcli.ops.mixture import Pool, mixed
+from kdcli.ops.support import cut_topk
 from kdcli.train.shares import counts_of, sequences_of, share_of
 from kdcli.train.tally import Tally
 
@@ -413,6 +414,8 @@ def _window(signal: TeacherSignal, window: slice, vocab_size: int | None) -> Tea
         cut.logits = signal.head.cut(vocab_size)(signal.hidden[:, window])
     elif signal.voices is not None:
         cut.logits = _mixed(signal.voices, signal.pool, window, vocab_size)
+    elif cut.topk is not None:
+        cut.topk = cut_topk(cut.topk, vocab_size)
     return cut
 
 
