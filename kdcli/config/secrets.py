@@ -46,6 +46,11 @@ def _is_secret(key: str, value: str) -> bool:
 
 def _problem(where: str) -> str:
     name = re.sub(r"\W", "_", where.rsplit(".", 1)[-1]).upper()
+    if name.endswith("_ENV"):
+        return (
+            f"{where}: holds a secret as a literal value; put it into an environment variable and write the "
+            f"variable's name here, such as {where}=TEACHER_API_KEY, then revoke the key if it was shared"
+        )
     return (
         f"{where}: holds a secret as a literal value; put it into an environment variable and write "
         f"{where}='${{oc.env:{name}}}' (only the name is written to disk), then revoke the key if it was shared"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -16,6 +17,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 METADATA = {"metadata", "metadata.google.internal", "metadata.goog", "instance-data", "instance-data.ec2.internal"}
 METADATA_IPV6 = ipaddress.ip_address("fd00:ec2::254")
 SHARED = ipaddress.ip_network("100.64.0.0/10")  # carrier-grade NAT: neither private nor global to Python
+NAME = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 KEYS = {  # whose key a usual variable holds, so that a recipe's URL cannot ask for it
     "OPENAI_API_KEY": "api.openai.com",
     "ANTHROPIC_API_KEY": "api.anthropic.com",
@@ -126,6 +128,7 @@ def read_key(variable: str, server: Server, where: str = "api_key_env") -> str:
     Keys of known vendors go to their own host, others to the config's; `VARIABLE_HOST=host` in the environment says
     otherwise. Never over plain http beyond this machine. Raises ConfigError, which does not repeat the key.
     """
+    require_name(variable, where)
     key = os.environ.get(variable, "").strip()
     if not key:
         raise ConfigError(f"{where}: the environment variable {variable} is not set; export {variable}=… and run again")
@@ -140,6 +143,15 @@ def read_key(variable: str, server: Server, where: str = "api_key_env") -> str:
     if not key.isascii() or not key.isprintable():
         raise ConfigError(f"{where}: {variable} holds characters that no key has; set it again")
     return key
+
+
+def require_name(variable: str, where: str) -> None:
+    """Raise ConfigError unless `variable` looks like a variable's name, and not like a key."""
+    if not NAME.fullmatch(variable):
+        raise ConfigError(
+            f"{where}: must be the name of an environment variable, in capitals, such as TEACHER_API_KEY; what it "
+            "holds is not repeated here, since it may be the key itself"
+        )
 
 
 def _literal(host: str) -> Address | None:

@@ -33,7 +33,7 @@ from tenacity import (
 )
 
 from kdcli.errors import ConfigError, KDError
-from kdcli.store.address import Server, read_key
+from kdcli.store.address import Server, read_key, require_name
 from kdcli.store.fault import fault
 from kdcli.store.log import redact
 
@@ -104,6 +104,8 @@ class Client:
             if not value > 0:
                 raise ConfigError(f"{where}.{name}: {value} seconds leave no time to answer; set a number above 0")
         self.server = Server.of(url, allow_private=allow_private, where=f"{where}.url")
+        if api_key_env is not None:
+            require_name(api_key_env, f"{where}.api_key_env")
         self.api_key_env = api_key_env
         self.concurrency = concurrency
         self.timeout = timeout

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -76,7 +76,7 @@ class ServedTeacher(Teacher):
             retries=retries,
             deadline=deadline,
         )
-        self.model = model
+        self.served_model = model
         self.tokenizer_path = tokenizer
         self.k = k
         self.protocol = protocol
@@ -100,7 +100,7 @@ class ServedTeacher(Teacher):
         log.info(
             "teacher: %s, model %s, protocol %s, the %d likeliest of each target",
             self.client.server.url,
-            self.model,
+            self.served_model,
             self._spoken.name,
             min(self.k, self._vocabulary.size),
         )
@@ -109,7 +109,7 @@ class ServedTeacher(Teacher):
         """Of what is declared: model, revision, protocol, k and the tokenizer's content, wherever the server is. That
         the server's weights are those, nobody but its owner knows: change `revision` with them."""
         vocabulary = sorted(self.load_tokenizer().get_vocab().items())
-        told = ["served", self.model, self.revision, self.protocol, self.k, vocabulary]
+        told = ["served", self.served_model, self.revision, self.protocol, self.k, vocabulary]
         return xxhash.xxh3_128_hexdigest(json.dumps(told).encode())
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class ServedTeacher(Teacher):
     def _find(self) -> Protocol:
         """The first protocol by which the server gives log-probabilities of a prompt."""
         ids, reasons = self._spread_ids(), []
-        known = candidates(self.protocol, self.model)
+        known = candidates(self.protocol, self.served_model)
         for candidate in known:
 
             def offered(answer: Any, candidate: Protocol = candidate) -> str:
@@ -157,12 +157,14 @@ class ServedTeacher(Teacher):
                     scored(candidate, answer, ids, 1, 1, self._known)
                 except AbsentError as error:
                     return str(error)
+                with readable():
+                    self._compare(candidate.texts(answer))
                 return ""
 
             try:
                 # A server that does not know a path may answer anything: not worth many tries where others are left.
                 retries = None if len(known) == 1 else min(2, self.client.retries)
-                reason = self.client.ask(candidate.question(ids, 1, 1), offered, retries=retries)
+                reason = self.client.ask(candidate.question(ids, 1, 1, texts=True), offered, retries=retries)
             except BadAnswerError as error:
                 reason = str(error.__cause__)
             except RefusedError as error:
@@ -174,24 +176,19 @@ class ServedTeacher(Teacher):
             reasons.append(f"{candidate.name}: {reason}")
         raise ConfigError(self._not_offered(list(dict.fromkeys(reasons))))
 
+    def _compare(self, written: Mapping[int, str]) -> None:
+        """Raise ConfigError if the server writes ids otherwise than the tokenizer does."""
+        if 2 * sum(self._known.differs(index, text) for index, text in written.items()) > len(written):
+            raise ConfigError(
+                f"teacher.tokenizer: {self.client.server.name} writes most ids otherwise than {self.tokenizer_path} "
+                "does, so the served model has another tokenizer; set teacher.tokenizer to the served model's own"
+            )
+
     def _try_out(self) -> None:
-        """Ask for k entries, and compare how the server writes ids with how the tokenizer does."""
-        spoken, ids = self._spoken, self._spread_ids()
-        assert spoken is not None, "the protocol is found first"
-
-        def read(answer: Any) -> None:
-            scored(spoken, answer, ids, 1, self.k, self._known)
-            with readable():
-                written = spoken.texts(answer)
-            if 2 * sum(self._known.differs(index, text) for index, text in written.items()) > len(written):
-                raise ConfigError(
-                    f"teacher.tokenizer: {self.client.server.name} writes most ids otherwise than "
-                    f"{self.tokenizer_path} does, so the served model has another tokenizer; set teacher.tokenizer to "
-                    "the served model's own"
-                )
-
+        """Ask for k entries, of one target, which a server may be too limited for."""
+        ids = self._spread_ids()[-2:]
         try:
-            self.client.ask(spoken.question(ids, 1, self.k, texts=True), read)
+            self.client.ask(*self._asking(ids, 1, self.k))
         except RefusedError as error:
             raise ConfigError(
                 f"{error}; it was asked for teacher.k={self.k} log-probabilities per target: start it with a higher "
@@ -220,7 +217,7 @@ class ServedTeacher(Teacher):
 
     def _writes(self) -> bool:
         """Whether the server completes a prompt of text."""
-        body = {"model": self.model, "prompt": "1 2 3", "max_tokens": 1}
+        body = {"model": self.served_model, "prompt": "1 2 3", "max_tokens": 1}
         try:
             return self.client.ask(
                 Question("completions", body, 1 << 20), lambda answer: isinstance(answer["choices"][0]["text"], str)

@@ -311,7 +311,7 @@ def test_a_server_of_text_alone_is_refused_with_a_way_out(server: Server) -> Non
     [
         (8, {}, [], "greater than max allowed: 8.*teacher.k=16.*--max-logprobs 16"),
         (4096, {"model": "other"}, [], "model `other` does not exist.*teacher.model"),
-        (4096, {}, ["", "words"], "teacher.tokenizer: .*otherwise"),
+        (4096, {}, ["words"], "teacher.tokenizer: .*otherwise"),
     ],
     ids=["limit", "model", "tokenizer"],
 )
