@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcli.api import Engine, OptimizerFactory, ScheduleFactory
-from kdcli.engine import _frozen, _reshard, _schedule
+from kdcli.engine import _frozen, _reshard, _saved, _schedule
 from kdcli.errors import ConfigError, NumericsError
 from kdcli.store import atomic
 from kdcli.store.fault import fault
@@ -291,6 +291,16 @@ class Zero(Engine):
             else:
                 log.info("engine: continuing %s with %s", _worded(saved), _worded(self._layout()))
                 self._load_resharded(folder)
+        except pickle.UnpicklingError as error:
+            raise ConfigError(
+                f"{folder}: refused, a file in it could run code: {str(error).splitlines()[0]}"
+            ) from error
+
+    def saved(self, folder: Path) -> Mapping[str, Callable[[], Tensor]]:
+        _quiet_environment()
+        _allow_deepspeed_classes()
+        try:
+            return _saved.weights(folder)
         except pickle.UnpicklingError as error:
             raise ConfigError(
                 f"{folder}: refused, a file in it could run code: {str(error).splitlines()[0]}"

@@ -84,8 +84,10 @@ class Adapter:
             warnings.filterwarnings("ignore", message=".*fan_in_fan_out")  # peft sees Conv1D by itself
             torch.manual_seed(self.seed)
             inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(".lora_" in name or any(_holds(name, saved) for saved in self.modules_to_save))
+        model.requires_grad_(False)
+        for name, parameter in model.named_parameters(remove_duplicate=False):  # a tied head is the embedding too
+            if ".lora_" in name or any(_holds(name, saved) for saved in self.modules_to_save):
+                parameter.requires_grad_(True)
 
     def described(self, base: str | None, whole: Sequence[str]) -> dict[str, Any]:
         """peft's adapter_config.json. `whole`: names of the modules that learned beside the adapter."""

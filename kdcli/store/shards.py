@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,11 +67,12 @@ def weights_of(model: Any) -> list[Weight]:
     """What a transformers model exports, in its own order: each parameter and saved buffer once, whatever ties it."""
     adapted = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_magnitude_vector")}
     kept = model.state_dict(keep_vars=True)
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
     found: list[Weight] = []
     seen: set[int] = set()
     for name in [*dict(model.named_parameters(remove_duplicate=False)), *dict(model.named_buffers())]:
         tensor = kept.get(name)
-        if not isinstance(tensor, Tensor) or id(tensor) in seen:
+        if not isinstance(tensor, Tensor) or id(tensor) in seen or name in ignored:
             continue
         seen.add(id(tensor))
         owner = next((place for place in _parents(name) if place in adapted), None)
@@ -104,6 +105,17 @@ def value_of(tensor: Tensor) -> Tensor:
     return dequantize_4bit(tensor.detach(), tensor.quant_state)  # type: ignore[attr-defined]
 
 
+def dequantized(name: str, source: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+    """A saved tensor by name, or what it stands for where beside it lies how bitsandbytes cut it to 4 bits."""
+    kept = {key.removeprefix(f"{name}."): read for key, read in source.items() if key.startswith(f"{name}.")}
+    if not any(key.startswith("quant_state.") for key in kept):
+        return source[name]()
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    state = QuantState.from_dict({key: read() for key, read in kept.items()}, device=torch.device("cpu"))
+    return dequantize_4bit(source[name](), state)
+
+
 def is_quantized(tensor: Any) -> bool:
     """Whether bitsandbytes holds a parameter in 4 bits."""
     return getattr(tensor, "quant_state", None) is not None
@@ -117,8 +129,9 @@ class Shards:
     and filled when the shard is complete; what remains is blank, which the format allows.
     """
 
-    def __init__(self, folder: Path, names: Iterable[str], *, limit: int = LIMIT) -> None:
+    def __init__(self, folder: Path, names: Iterable[str], *, limit: float = LIMIT, stem: str = "model") -> None:
         self.folder = folder
+        self.stem = stem
         self.limit = limit
         self.header = _rounded(64 + sum(map(_told, names)))  # bytes
         self.total = 0  # bytes of tensors
@@ -147,18 +160,18 @@ class Shards:
         """Finish the last shard, name the shards, and write the index where there are several."""
         self._end_shard()
         if len(self._files) == 1:
-            os.replace(self._files[0], self.folder / "model.safetensors")
+            os.replace(self._files[0], self.folder / f"{self.stem}.safetensors")
             return
         count = len(self._files)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        names = [f"{self.stem}-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
         for file, final in zip(self._files, names, strict=True):
             os.replace(file, self.folder / final)
         index = {"metadata": {"total_size": self.total}, "weight_map": {k: names[i] for k, i in self._map.items()}}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        (self.folder / f"{self.stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
     def _begin_shard(self, name: str) -> None:
         self.header = max(self.header, _rounded(64 + _told(name)))
-        self._files.append(self.folder / f".shard-{len(self._files)}.tmp")
+        self._files.append(self.folder / f".{self.stem}-{len(self._files)}.tmp")
         self._file = open(self._files[-1], "wb")  # noqa: SIM115 - closed by `_end_shard`
         self._file.write(b" " * (8 + self.header))
         self._entries, self._size, self._told = {}, 0, 64

@@ -71,6 +71,7 @@ class HFStudent(Student):
         self.trust_remote_code = trust_remote_code
         self.provides = provides(attention)
         self.model: Any = None  # until `load` or student_init
+        self.made = False  # whether a StudentInit has made the model, so that it is no longer that of `path`
         self.tokenizer: Any = None
         self.device = torch.device("cpu")
 
@@ -108,6 +109,7 @@ class HFStudent(Student):
         self.load_tokenizer()
         if self.path is not None:
             self.adopt(self.loaded(self.path), self.tokenizer)
+            self.made = False
 
     def loaded(self, path: str) -> Any:
         """The model of `path`."""
@@ -138,6 +140,7 @@ class HFStudent(Student):
         _freeze.choose(model, self.train_patterns, self.freeze_patterns)
 
     def adopt(self, model: Any, tokenizer: Any) -> None:
+        self.made = True
         if tokenizer is not self.tokenizer:
             self._take_tokenizer(tokenizer)
         super().adopt(self.learning(model), self.tokenizer)
