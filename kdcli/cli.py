@@ -13,12 +13,14 @@ from kdcli.errors import KDError
 VERBS = {  # verb -> what it does; its module is kdcli.command.VERB
     "distill": "train a student from a teacher, evaluate and export it",
     "evaluate": "score a model or the student of a run",
+    "cache": "write what a teacher says of a data set, to be read by teacher=cached",
     "resume": "go on with a run from its own config",
+    "export": "a checkpoint of a run as a folder for from_pretrained, adapters merged",
     "verify": "test objectives against their formulas, and print what was measured",
     "ls": "list recipes, config groups and their options",
     "copy": "copy a recipe to a file of your own",
 }
-COMPOSED = ("distill", "evaluate")  # verbs that take Hydra's overrides
+COMPOSED = ("distill", "evaluate", "cache")  # verbs that take Hydra's overrides
 
 HELP = """\
 kdcli distills language models: a small student learns from a large teacher.

@@ -22,6 +22,12 @@ EXAMPLES = {
     "evaluate": """\
   kdcli evaluate student.path=runs/quickstart/TIME evaluation.heldout.data.path=recipes://data/mini/valid
   kdcli evaluate student.path=MODEL teacher=hf teacher.path=MODEL evaluation.heldout.data.path=valid/""",
+    "cache": """\
+  kdcli cache teacher.path=MODEL data.path=train/ cache.path=caches/mine        the 64 likeliest ids of each target
+  kdcli cache teacher.path=MODEL data.path=train/ cache.codec=sampled           50 drawn ones, for objective=sampled
+  kdcli cache --stats caches/mine data.path=train/                              what is there, and how well it is kept
+  kdcli cache --verify caches/mine                                              only compare the checksums
+  kdcli distill teacher=cached teacher.path=caches/mine data.path=train/ …      learn from it""",
 }
 
 

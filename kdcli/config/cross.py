@@ -14,6 +14,7 @@ from kdcli.config.nearest import suggest
 from kdcli.config.schema import COMPONENTS, TERMS
 from kdcli.errors import ConfigError
 from kdcli.store import paths
+from kdcli.text.signals import open_store
 from kdcli.text.vocabulary import share_ids
 
 
@@ -34,7 +35,8 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     found += _needs(config, objects) + _temperatures(config, objects)
     found += _student(config) + _domains(objects) + domains.problems_in(config, objects)
     found = found or _demands(config, objects)
-    return found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects) or _settled(objects)
+    found = found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects) or _settled(objects)
+    return found or _stored(config, objects)
 
 
 def _batch(config: Mapping[str, Any]) -> list[str]:
@@ -127,6 +129,8 @@ def _terms(config: Mapping[str, Any]) -> list[str]:
         return (
             ["evaluation: there is nothing to evaluate; add +evaluation@evaluation.heldout=heldout"] if missing else []
         )
+    if config["verb"] == "cache":
+        return []
     if any(term is not None for term in (config.get("objective") or {}).values()):
         return []
     return ["objective: there is nothing to learn from; add objective@objective.kd=forward_kl"]
@@ -299,7 +303,8 @@ def _domains(objects: Mapping[str, Any]) -> list[str]:
                 for name in item.domains
                 if name not in known
             ]
-    _caught(lambda: objects["domain_scheduler"].initial(dict.fromkeys(known, 1)), "domain_scheduler", problems)
+    if (scheduler := objects.get("domain_scheduler")) is not None:
+        _caught(lambda: scheduler.initial(dict.fromkeys(known, 1)), "domain_scheduler", problems)
     return problems
 
 
@@ -337,6 +342,8 @@ def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
     unequal = tokenizer_problems(a.get_vocab(), b.get_vocab(), demands.of_tokenizers(terms))
     if unequal and config["verb"] == "evaluate":
         return [f"{unequal[0]}; to evaluate the student alone set teacher=none"]
+    if unequal and config["verb"] == "cache":
+        return [f"{unequal[0]}; a cache holds what a teacher says of the student's own tokens"]
     if unequal and demands.of_tokenizers(terms):
         return unequal
     for where, objective in terms.items():
@@ -354,8 +361,24 @@ def _settled(objects: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def _stored(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
+    """A store of a teacher's signal is of this teacher, these tokens, and what the objectives can use."""
+    problems: list[str] = []
+    teacher = objects["teacher"]
+    if config["verb"] == "cache":
+        tokenizer = _caught(lambda: objects["student"].prepared(_brought(objects)), "student", problems)
+        if tokenizer is not None:
+            _caught(lambda: open_store(config["cache"], teacher, tokenizer), "cache", problems)
+    elif hasattr(teacher, "problems_with"):  # kdcli.teacher.cached
+        tokenizer = _caught(lambda: objects["student"].prepared(_brought(objects)), "student", problems)
+        problems += teacher.problems_with(tokenizer, _objectives(objects).items())
+    return problems
+
+
 def _brought(objects: Mapping[str, Any]) -> Any:
     """The tokenizer that the student will have once student_init has made it."""
+    if "student_init" not in objects:
+        return objects["student"].load_tokenizer() or objects["teacher"].load_tokenizer()
     return objects["student_init"].load_tokenizer(objects["student"], objects["teacher"])
 
 

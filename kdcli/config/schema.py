@@ -26,6 +26,7 @@ TERMS = ("objective", "evaluation", "report")  # mappings: a name you choose -> 
 SECTIONS = {
     "distill": ("run", "batch", "probe", *COMPONENTS, *THIRD_PARTY, "optimize"),
     "evaluate": ("run", "batch", "teacher", "student", "evaluation", "report", "engine", "launch"),
+    "cache": ("run", "batch", "cache", "teacher", "student", "data", "report", "engine", "launch"),
 }
 
 
@@ -48,6 +49,7 @@ class Run:
     save_every: int = at_least(0, 0)  # 0: only when interrupted and at the end
     keep_checkpoints: int = at_least(1, 2)
     resume: str = "auto"  # auto, never, or the path of a checkpoint
+    export_dtype: Literal["bf16", "fp16", "fp32"] = "bf16"  # of the student's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,32 @@ class EvaluateBatch:
     max_length: int = at_least(2, 512)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CacheBatch:
+    """The section `batch` of a cache."""
+
+    micro_size: int = at_least(1, 8)
+    max_length: int = at_least(2, 512)
+    overflow: Literal["split", "truncate"] = "split"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cache:
+    """The section `cache`: where a teacher's signal is written, and how it is kept."""
+
+    path: str
+    codec: Literal["topk", "sampled"] = "topk"
+    k: int | None = at_least(1, 64)  # of topk; null: all ids
+    bits: Literal[8, 16, 32] = 8  # of topk: of a log-probability
+    samples: int = at_least(1, 50)  # of sampled
+    seed: int = 0  # of sampled
+    temperature: float = 1.0
+    rejected: bool = False  # the worse answers of preference pairs too
+    shard_mib: int = at_least(1, 64)
+
+
 SCHEMAS = {
     "distill": {"run": Run, "batch": Batch, "probe": Probe},
     "evaluate": {"run": EvaluateRun, "batch": EvaluateBatch},
+    "cache": {"run": EvaluateRun, "batch": CacheBatch, "cache": Cache},
 }
