@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcli.config import demands, domains, scheduled
+from kdcli.config import demands, domains, scheduled, teachers
 from kdcli.config.build import build, build_schedules
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
@@ -35,6 +35,7 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     found += _needs(config, objects) + _temperatures(config, objects)
     found += _student(config) + _domains(objects) + domains.problems_in(config, objects)
     found = found or _demands(config, objects)
+    found = found or teachers.problems_in(objects, lambda: _brought(objects))
     found = found or _hub_models(config, objects) or _tokenizers(config, objects) or _fit(objects) or _settled(objects)
     return found or _stored(config, objects)
 
@@ -92,7 +93,8 @@ def _model_paths(config: Mapping[str, Any]) -> list[str]:
             value = (config.get(section) or {}).get(key)
             if isinstance(value, str):
                 problems += _path_problem(value, f"{section}.{key}")
-    return problems
+    nested = teachers.paths_in(config.get("teacher"))
+    return problems + [problem for where, value in nested for problem in _path_problem(value, where)]
 
 
 def _path_problem(value: str, where: str) -> list[str]:
@@ -257,8 +259,9 @@ def _fit(objects: Mapping[str, Any]) -> list[str]:
     init = objects.get("student_init")
     if problems or init is None or not (fitted or type(init).shape is not StudentInit.shape):
         return problems
-    shapes = _caught(lambda: (init.shape(student, teacher), teacher.shape()), "student_init", problems)
-    if shapes is not None and shapes[0] is not None:
+    own = _caught(lambda: init.shape(student, teacher), "student_init", problems)
+    shapes = own, own if getattr(teacher, "is_student", False) else _caught(teacher.shape, "teacher", problems)
+    if own is not None and not problems:
         for where, objective in fitted.items():
             _caught(lambda objective=objective: objective.fit(*shapes), where, problems)
     return problems
@@ -328,6 +331,7 @@ def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
     init = objects.get("student_init")
     brings = init is not None and type(init).load_tokenizer is not StudentInit.load_tokenizer
     source = teacher.get("path") or teacher.get("tokenizer")  # a served model's tokenizer lies where the user has it
+    source = source or ("" if hasattr(objects["teacher"], "parts") else None)  # it is made of several
     if source is None or (not brings and (named is None or named == source)):
         return []  # one tokenizer serves both
     problems: list[str] = []

@@ -68,6 +68,7 @@ class Ensemble(Composite):
         self.per = per
         self._refuse()
         self.parts = {f"teachers.{name}": one for name, one in self.teachers.items()}
+        self.bound = {"": self}  # by its place: whose tokens must be the student's
         self.together: set[str] = set()  # members that all ranks run at once
         self.provides = DENSE | Need.LOGPROBS
         equal = dict.fromkeys(self.teachers, 1.0)

@@ -29,6 +29,7 @@ class WithReference(Composite):
         self.reference = reference
         self.teacher = teacher
         self.parts = {"reference": reference} | ({} if teacher is None else {"teacher": teacher})
+        self.bound = {"reference": reference}  # by its place: whose tokens must be the student's
         self.provides = Need.REFERENCE | (Need.NOTHING if teacher is None else teacher.provides)
 
     @property
