@@ -19,7 +19,7 @@ USAGE = """usage: kdcli resume RUN_DIR [KEY=VALUE ...]
 
 Goes on with an interrupted or failed run, or trains a finished one for more steps (run.steps=...).
 Logging, evaluation and processes may change freely; the learning rate and its schedule with a warning;
-models, data, objectives and batch not at all.
+models, data (but they may lie elsewhere), objectives and batch not at all.
 """
 
 

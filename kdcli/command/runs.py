@@ -14,7 +14,7 @@ import yaml
 
 from kdcli.command import manifest
 from kdcli.config.environment import expand
-from kdcli.config.resume import compare
+from kdcli.config.resume import Changes, compare, moved
 from kdcli.errors import ConfigError
 from kdcli.store import atomic, status
 from kdcli.store.lock import RunLock
@@ -110,7 +110,7 @@ def _agrees_with_checkpoint(config: Mapping[str, Any]) -> None:
         return
     path = Path(resume).expanduser()
     owner = path if (path / "config.yaml").is_file() else path.parent.parent
-    if (owner / "config.yaml").is_file() and (refusals := compare(read_config(owner), config).refusals):
+    if (owner / "config.yaml").is_file() and (refusals := _changes(owner, read_config(owner), config).refusals):
         raise ConfigError(
             f"run.resume: {path} is of a run with another config ({'; '.join(refusals[:6])}); set these back"
         )
@@ -137,7 +137,7 @@ def _used(path: Path, old: Mapping[str, Any], config: Mapping[str, Any]) -> Fold
         )
     with _lock(path, config):
         state = status.read(path)
-    changes = compare(old, config)
+    changes = _changes(path, old, config)
     if changes.refusals and _has_results(path):
         diff = "; ".join(changes.refusals[:6]) + (
             f"; and {len(changes.refusals) - 6} more" if changes.refusals[6:] else ""
@@ -152,6 +152,20 @@ def _used(path: Path, old: Mapping[str, Any], config: Mapping[str, Any]) -> Fold
     for change in changes.warnings if _has_results(path) else []:
         print(f"warning: {path} goes on with {change}", file=sys.stderr)
     return Folder(path)
+
+
+def _changes(run_dir: Path, old: Mapping[str, Any], config: Mapping[str, Any]) -> Changes:
+    """What differs from the config of a run; data that lie elsewhere are not other data if their content is equal."""
+    changes = compare(old, config)
+    if not any(line.startswith("data.") for line in changes.refusals):
+        return changes
+    from kdcli.api import Data
+    from kdcli.config.build import build
+    from kdcli.train.checkpoint import newest_commit
+
+    commit = newest_commit(run_dir / "checkpoints") or {}
+    same = "source" in commit and commit["source"] == build(config["data"], Data).fingerprint()
+    return moved(changes) if same else changes
 
 
 def _on_each_node(config: Mapping[str, Any]) -> bool:

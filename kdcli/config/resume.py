@@ -21,7 +21,8 @@ class Changes(NamedTuple):
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
     """Sort the keys whose values differ. Free: logging, evaluation, processes, more steps. Warned about: what changes
     the course but not the meaning (learning rate, schedule, engine; run.steps, where an objective's schedule is spread
-    over them). Refused: models, data, objective, batch, seed."""
+    over them). Refused: models, data, objective, batch, seed (but see
+    `moved`)."""
     changes = Changes([], [], [])
     before, after = _flat(old), _flat(new)
     for key in sorted(before.keys() | after.keys()):
@@ -32,6 +33,13 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> Changes:
         spread = f"spread over {steps}: {_show(before, steps)} -> {_show(after, steps)}"
         changes.warnings.extend(f"{place} {spread}" for place in _spread(new.get("objective") or {}))
     return changes
+
+
+def moved(changes: Changes) -> Changes:
+    """The changes where the data are known to be the same: keys of `data` only say where they lie."""
+    data = [line for line in changes.refusals if line.startswith("data.")]
+    rest = [line for line in changes.refusals if line not in data]
+    return Changes([*changes.free, *data], changes.warnings, rest)
 
 
 MISSING = object()

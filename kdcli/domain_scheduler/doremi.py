@@ -27,7 +27,7 @@ class DoReMi(Adaptive):
     answer is the average of p over all updates (`averages`), which then is `static` in the run that counts.
 
     `reference` is a loss per domain, or null: the teacher's on held-out rows, in place of the paper's reference model.
-    The training loss is that of the run's objectives, so it must be the cross entropy to be compared with a reference's;
+    The training loss is that of the run's objectives, so it must be the cross entropy to be compared with another;
     a config where it is not is refused. `losses: heldout` takes the student's loss on held-out rows instead, which
     fits any objective; each update then costs a probe, so raise `interval`.
 

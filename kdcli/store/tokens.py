@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 
 IDS, FLAGS = pa.list_(pa.int32()), pa.list_(pa.uint8())
 SCHEMA = pa.schema(
@@ -89,6 +90,12 @@ class SegmentWriter:
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, SCHEMA)
         self._pending: list[dict[str, Any]] = []
+        self._digest = xxhash.xxh3_128()
+
+    @property
+    def digest(self) -> str:
+        """A hash of the segments so far, whatever file and version of Arrow they are in."""
+        return self._digest.hexdigest()
 
     def __enter__(self) -> SegmentWriter:
         return self
@@ -99,6 +106,7 @@ class SegmentWriter:
             "mask": segment.mask.astype(np.uint8),
             **{name: getattr(segment, name) for name in PLAIN},
         }
+        arrays = [segment.ids, segment.mask]
         if (teacher := segment.teacher) is not None:
             mask = None if teacher.mask is None else teacher.mask.astype(np.uint8)
             row |= {
@@ -107,6 +115,11 @@ class SegmentWriter:
                 "span": teacher.span,
                 "teacher_span": teacher.teacher_span,
             }
+            arrays += [teacher.ids, teacher.span, teacher.teacher_span, *([] if mask is None else [mask])]
+        plain = [row[name] for name in PLAIN]
+        self._digest.update(repr((plain, [len(values) for values in arrays])).encode())
+        for values in arrays:
+            self._digest.update(np.ascontiguousarray(values))
         self._pending.append(row)
         if len(self._pending) == BLOCK:
             self._flush()

@@ -21,6 +21,7 @@ class Counts:
     alone: int = 0  # scored answers whose group has no other
     dropped: dict[str, int] = field(default_factory=dict)  # reason -> examples
     named: dict[str, str] = field(default_factory=dict)  # where -> reason, the first few dropped ones
+    content: str = ""  # a hash of the rows' tokens, in order, and of what is known of each
 
 
 @dataclass(kw_only=True)

@@ -24,7 +24,7 @@ from kdcli.text.counts import Counts, EncodeReport
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of the cached files and of what is in them; a change makes old caches unread
+FORMAT = 3  # of the cached files and of what is in them; a change makes old caches unread
 NAMED = 20  # lost rows that the report names per domain
 LARGE = 200_000  # examples of a domain from which on several processes pay
 TEXT = Task()
@@ -167,6 +167,7 @@ def _write(file: Path, domain: str, found: Iterable[Outcome], max_bad_fraction: 
     if len(refused) > max_bad_fraction * counts.examples:
         share = f"{len(refused)} of {counts.examples} examples cannot be used"
         raise DataError(f"domain {domain}: {share}, more than data.max_bad_fraction allows; the first: {refused[0]}")
+    counts.content = writer.digest
     counts.dropped = dict(dropped.most_common())
     counts.alone = sum(size == 1 for size in members.values())
     counts.groups = len(members) - counts.alone

@@ -92,6 +92,16 @@ def find(folder: Path) -> Checkpoint | None:
     return None
 
 
+def newest_commit(folder: Path) -> dict[str, Any] | None:
+    """COMMIT.json of the newest checkpoint in `folder` that has one to be read, whether or not the rest is whole."""
+    for path in sorted(folder.glob("step-*"), key=_step, reverse=True):
+        try:
+            return json.loads((path / "COMMIT.json").read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+    return None
+
+
 def verify(path: Path) -> Checkpoint:
     """Raises ConfigError naming the first file that is missing, or is not what was written."""
     try:

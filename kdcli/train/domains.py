@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from kdcli.api import Batch, DomainLoss, DomainScheduler, Objective, Stateful
+from kdcli.errors import ConfigError
 from kdcli.train.loader import Loader, normalized
 from kdcli.train.probe import Probe
 from kdcli.train.shares import share_of
@@ -135,10 +136,19 @@ class Domains(Stateful):
             "news": self.news,
             "since": self._since,
             "teacher": self.probe.teacher if self.probe else None,
+            "held_out": self.probe.held_out.content if self.probe else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """After the loader's."""
+        """After the loader's. Raises ConfigError where held-out rows are not those that were measured so far."""
+        if self.probe and (then := state.get("held_out")) is not None:
+            now = self.probe.held_out.content
+            changed = [name for name in now if now[name] != then.get(name)]
+            if changed:
+                raise ConfigError(
+                    f"probe.data: the held-out rows of domain {', '.join(changed)} have changed since the "
+                    "checkpoint, so what was measured on them does not compare with what will be; put them back"
+                )
         self.scheduler.load_state_dict(state["scheduler"])
         self.weights, self.updated, self.news = dict(state["weights"]), state["updated"], dict(state["news"])
         self._since = {name: dict(sums) for name, sums in state["since"].items()}

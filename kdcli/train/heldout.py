@@ -90,11 +90,24 @@ class HeldOut:
     @cached_property
     def digest(self) -> str:
         """A hash of which rows they are."""
-        keys = [[s.key for s in self.rows[name][row].segments] for name, row in self._places]
-        return xxhash.xxh3_128_hexdigest(repr((self._places, keys)).encode())
+        return xxhash.xxh3_128_hexdigest(repr(sorted(self.content.items())).encode())
+
+    @cached_property
+    def content(self) -> dict[str, str]:
+        """A hash of the rows of each domain."""
+        return {name: _hash(own) for name, own in self.rows.items()}
 
     @cached_property
     def _places(self) -> list[tuple[str, int]]:
         """(domain, row) of all rows, the longest first."""
         places = [(name, row) for name, own in self.rows.items() for row in range(len(own))]
         return sorted(places, key=lambda place: -len(self.rows[place[0]][place[1]]))
+
+
+def _hash(rows: Sequence[Row]) -> str:
+    digest = xxhash.xxh3_128()
+    for row in rows:
+        for segment in row.segments:
+            digest.update(f"{segment.key} {len(segment)} ".encode())
+            digest.update(segment.ids)
+    return digest.hexdigest()

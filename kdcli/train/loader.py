@@ -34,7 +34,11 @@ class Loader(Stateful):
     batch_size x weight rows, rounded up or down: the rows that rounding down leaves over go by a number from (seed,
     step) that steps around the circle by the golden ratio, so that after n steps a domain's rows differ from
     n x batch_size x weight by about log n, where independent draws differ by its root. What a step draws depends on
-    the seed, the step, the weights and the counts alone.
+    the seed, the step, the weights and the counts alone. `content`: a hash of each domain's rows, by which a checkpoint
+    knows its data.
+
+    A step's rows are read when it begins, and none before: new weights act on the very next step. What that costs is in
+    docs/data.md; a queue of steps to come would have to be dropped, or be obeyed late, at every update.
 
     Raises ConfigError when the batch cannot be cut evenly, or a weighted domain has no rows.
     """
@@ -51,6 +55,7 @@ class Loader(Stateful):
         world_size: int = 1,
         weights: Mapping[str, float],
         quota: Literal["iid", "hamilton"] = "iid",
+        content: Mapping[str, str] | None = None,
     ) -> None:
         if batch_size % (micro_size * world_size):
             raise ConfigError(
@@ -60,6 +65,7 @@ class Loader(Stateful):
         self.rows = dict(rows)
         self.batch_size, self.micro_size, self.pad_id, self.seed = batch_size, micro_size, pad_id, seed
         self.rank, self.world_size, self.quota = rank, world_size, quota
+        self.content = dict(content or {})
         self.drawn = dict.fromkeys(self.rows, 0)  # rows given so far
         self.weights = dict(weights)
 
@@ -92,14 +98,17 @@ class Loader(Stateful):
         return {
             "drawn": dict(self.drawn),
             "weights": self.weights,
-            "rows": {name: len(rows) for name, rows in self.rows.items()},
+            **self.identity,
         }
+
+    @property
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Which data these are: rows of each domain, and their hash."""
+        return {"rows": {name: len(rows) for name, rows in self.rows.items()}, "content": self.content}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ConfigError when the data are not those that the state was saved with."""
-        sizes = {name: len(rows) for name, rows in self.rows.items()}
-        if state["rows"] != sizes:
-            raise ConfigError(f"the data have changed since the checkpoint: rows {state['rows']} then, {sizes} now")
+        same_data(state, self.identity)
         self.drawn = {name: int(count) for name, count in state["drawn"].items()}
         self._use(state["weights"])  # to the last bit: dividing by their sum again could change it
 
@@ -124,6 +133,22 @@ class Loader(Stateful):
         self.drawn[name] += 1
         key = _hash(self.seed, xxhash.xxh3_64_intdigest(name.encode()), epoch)
         return self.rows[name][permuted(place, len(self.rows[name]), key)]
+
+
+def same_data(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises ConfigError naming the domains whose rows are not those of a checkpoint (`Loader.identity`)."""
+    changed = []
+    for name in dict.fromkeys([*then["rows"], *now["rows"]]):
+        before, after = (one["rows"].get(name, 0) for one in (then, now))
+        if before != after:
+            changed.append(f"domain {name} had {before} rows, and has {after}")
+        elif then.get("content") and then["content"].get(name) != now["content"].get(name):
+            changed.append(f"domain {name} has other rows than then, though as many")
+    if changed:
+        raise ConfigError(
+            f"the data have changed since the checkpoint: {'; '.join(changed)}. Put them back to go on with the run, "
+            "which was left as it is; or learn from these in a run of their own, in another run.dir"
+        )
 
 
 def normalized(weights: Mapping[str, float], rows: Mapping[str, Sequence[Row]]) -> dict[str, float]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from kdcli.api import Engine
 from kdcli.errors import ConfigError
 from kdcli.store.metrics import MetricsLog
 from kdcli.train import checkpoint
+from kdcli.train.loader import same_data
 from kdcli.train.run import Position, Run, report_status, tell_reporters
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,15 @@ def begin(run: Run) -> Position:
         tell_reporters(run, lambda reporter: reporter.start(info))
     report_status(run, here, "running")
     return here
+
+
+def same_data_as_newest(checkpoints: Path, identity: Mapping[str, Any]) -> None:
+    """A look at the data that the newest checkpoint is of, before anything heavy loads; `begin` looks again.
+
+    Raises ConfigError where they are others than these (`Loader.identity`)."""
+    commit = checkpoint.newest_commit(checkpoints)
+    if commit is not None and "data" in commit:
+        same_data(commit["data"], identity)
 
 
 def save(run: Run, here: Position) -> None:

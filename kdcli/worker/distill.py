@@ -35,6 +35,7 @@ from kdcli.train.interrupt import Interrupt
 from kdcli.train.loader import Loader
 from kdcli.train.loop import train
 from kdcli.train.probe import OF_TEACHER, PROBED, Probe, problem_of
+from kdcli.train.resume import same_data_as_newest
 from kdcli.train.run import Run
 from kdcli.train.scheduling import Schedules
 from kdcli.train.scorer import Scorer
@@ -74,14 +75,16 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
     columns = {column for objective in objectives.values() for column in objective.columns}
     fault("data.prepare", rank=engine.rank)
     told = {"columns": columns, **labels} | ({"teacher_tokenizer": other} if foreign and across else {})
-    rows, held_out = _rows(run_dir, config, tokenizer, bool(scheduler.signals & PROBED), engine.rank, **told)
+    rows, held_out, content = _rows(run_dir, config, tokenizer, bool(scheduler.signals & PROBED), engine.rank, **told)
+    sizes = {name: len(part) for name, part in rows.items()}
+    if section.get("resume", "auto") == "auto":
+        same_data_as_newest(run_dir / "checkpoints", {"rows": sizes, "content": content})
     teacher.place(engine)
     teacher.load(engine.device)
     student.load(engine.device)
     begin(student, teacher)
     student.settle()
     teacher.follow(student)
-    sizes = {name: len(part) for name, part in rows.items()}
     loader = Loader(
         rows,
         batch_size=batch["size"],
@@ -92,6 +95,7 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
         world_size=engine.world_size,
         weights=scheduler.initial(sizes),
         quota=scheduler.quota,
+        content=content,
     )
     schedules = Schedules(build_schedules(config["objective"]), objectives, steps=section["steps"], epoch=loader.epoch)
     distiller = Distiller(student, teacher, objectives, foreign=foreign)
@@ -133,27 +137,28 @@ def built(run_dir: Path, config: Mapping[str, Any], engine: Engine, interrupt: I
         reporters=reporters,
         interrupt=interrupt,
         config=config,
-        note={"config": digest(config)},
+        note={"config": digest(config), "source": build(config["data"], Data).fingerprint()},
         reading=labels,
     )
 
 
 def _rows(
     run_dir: Path, config: Mapping[str, Any], tokenizer: Any, probed: bool, rank: int, **told: Any
-) -> tuple[Mapping[str, Sequence[Row]], Mapping[str, Sequence[Row]] | None]:
-    """Each domain's training rows, and its held-out ones if something is to be measured on them."""
+) -> tuple[Mapping[str, Sequence[Row]], Mapping[str, Sequence[Row]] | None, dict[str, str]]:
+    """Each domain's training rows, its held-out ones if something is to be measured on them, and its content's hash."""
     batch, probe = config["batch"], config.get("probe") or {}
     lengths = {key: batch[key] for key in ("max_length", "overflow")}
     rows, counts = encode(build(config["data"], Data), tokenizer, packing=batch["packing"], **lengths, **told)
     log.info("data: %s", counts)
     if rank == 0:
         atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])
+    content = {name: part.content for name, part in counts.domains.items()}
     if not probed:
-        return rows, None
+        return rows, None, content
     if probe.get("data") is None:
-        return hold_out(rows, probe["rows"])
+        return *hold_out(rows, probe["rows"]), content
     of_their_own, _ = encode(build(probe["data"], Data), tokenizer, **lengths, **told)
-    return rows, first_rows(of_their_own, probe["rows"], list(rows))
+    return rows, first_rows(of_their_own, probe["rows"], list(rows)), content
 
 
 def _next_command(run_dir: Path, config: Mapping[str, Any]) -> str:

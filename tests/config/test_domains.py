@@ -37,7 +37,7 @@ def held_out(path: Path) -> dict[str, Any]:
         ),
         (
             {"domain_scheduler": DOREMI},
-            r"DoReMi compares .* a cross entropy, and here objective\.kd is not .* set domain_scheduler\.losses=heldout",
+            r"DoReMi compares .* a cross entropy, and here objective\.kd is not .* domain_scheduler\.losses=heldout",
         ),
         ({"domain_scheduler": DOREMI | {"reference": {"prose": 2.0, "verse": 3.0}}}, r"objective\.kd is not its cross"),
         ({"domain_scheduler": DOREMI, "objective": {"ce": CE["ce"] | {"weight": 0.5}}}, r"objective\.ce is not"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from kdcli.config.resume import compare
+from kdcli.config.resume import compare, moved
 
 OLD: dict[str, Any] = {
     "verb": "distill",
@@ -69,6 +69,13 @@ def test_each_key_is_free_warned_about_or_refused(path: str, value: Any, kind: s
 def test_a_change_shows_both_values() -> None:
     assert compare(OLD, changed("batch.size", 16)).refusals == ["batch.size: 8 -> 16"]
     assert compare(OLD, changed("data.path", "x")).refusals == ["data.path: absent -> 'x'"]
+
+
+def test_keys_of_the_same_data_are_free() -> None:
+    both = changed("data.path", "x")
+    both["batch"]["size"] = 16
+    found = moved(compare(OLD, both))
+    assert found == (["data.path: absent -> 'x'"], [], ["batch.size: 8 -> 16"])
 
 
 @pytest.mark.parametrize("kind", ["linear", "cosine", "taid", "epochs", "constant"])

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -54,6 +55,7 @@ class Said:
     """A probe that says what it is told to, step by step."""
 
     seconds, teacher, scores_student = 0.5, None, True
+    held_out = SimpleNamespace(content={"code": "a", "math": "b", "prose": "c"})
 
     def __init__(self, *values: Mapping[str, float]) -> None:
         self.values = list(values)
@@ -334,6 +336,13 @@ def test_state_goes_on_in_the_middle_of_an_interval(stop: int, actuator: str) ->
     assert found + go(second, range(stop, 6)) == expected
     scheduler: Any = second.scheduler
     assert scheduler.shown == whole.scheduler.shown[-len(scheduler.shown) :]  # pyright: ignore
+
+
+def test_other_held_out_rows_than_the_checkpoint_s_are_refused_by_domain() -> None:
+    one = domains(Follow(), Said(ALIKE))
+    state = one.state_dict() | {"held_out": {"code": "a", "math": "other", "prose": "c"}}
+    with pytest.raises(ConfigError, match=r"probe\.data: the held-out rows of domain math have changed"):
+        one.load_state_dict(state)
 
 
 DDK = {"_target_": "kdcli.domain_scheduler.ddk.DDK", "interval": 2, "first_interval": "r0"}

@@ -227,8 +227,16 @@ def test_what_cannot_be_drawn_is_refused(settings: dict[str, Any], message: str)
 
 def test_other_data_than_the_checkpoint_s_are_refused() -> None:
     state = loader().state_dict()
-    with pytest.raises(ConfigError, match="data have changed"):
+    with pytest.raises(ConfigError, match=r"data have changed .* domain math had 5 rows, and has 6\."):
         loader(rows={**DATA, "math": rows("math", 6)}).load_state_dict(state)
+
+
+def test_other_rows_of_the_same_number_are_refused_by_domain() -> None:
+    content = {"code": "a", "math": "b", "prose": "c"}
+    state = json.loads(json.dumps(loader(content=content).state_dict()))
+    loader(content=content).load_state_dict(state)
+    with pytest.raises(ConfigError, match="domain prose has other rows than then, though as many"):
+        loader(content=content | {"prose": "d"}).load_state_dict(state)
 
 
 def test_a_fault_can_be_injected_where_the_next_batch_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
