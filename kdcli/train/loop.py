@@ -162,7 +162,7 @@ def _evaluate(run: Run, step: int) -> dict[str, float]:
     metrics: dict[str, float] = {}
     run.distiller.eval()
     try:
-        scorer = Scorer(run.engine, run.student.tokenizer, run.interrupt, run.dir)
+        scorer = Scorer(run.engine, run.student.tokenizer, run.interrupt, run.dir, run.reading)
         for name, evaluator in run.evaluations.items():
             fault("eval", step=step)
             metrics |= {f"eval/{name}/{key}": value for key, value in evaluator(scorer, step).items()}
