@@ -136,7 +136,7 @@ class Client:
             wait=_pause,
             sleep=sleep_using_event(given_up),
             retry=retry_if_exception_type((_TryAgainError, BadAnswerError)),
-            before_sleep=self._tell,
+            before_sleep=lambda state: self._tell(state, tries),
             reraise=True,
         )
         try:
@@ -245,7 +245,7 @@ class Client:
                 )
             return self._client
 
-    def _tell(self, state: RetryCallState) -> None:
+    def _tell(self, state: RetryCallState, tries: int) -> None:
         error = state.outcome.exception() if state.outcome else None
         log.warning(
             "%s: %s: %s; asking again in %.1f s (try %d of %d)",
@@ -254,7 +254,7 @@ class Client:
             error,
             state.upcoming_sleep,
             state.attempt_number + 1,
-            1 + self.retries,
+            tries,
         )
 
     def _unreachable(self, error: Exception, seconds: float) -> str:

@@ -122,7 +122,7 @@ class ServedTeacher(Teacher):
         asked = _Asked.of(batch)
         foreign = view is not None and view.foreign
         k = self.k if Need.DISTRIBUTION in needs and not foreign else 0
-        answers = self.client.ask_all([self._asking(one.ids, one.first, k) for one in asked.sequences])
+        answers = self._answers(asked, k)
         logprobs = asked.spread([answer.targets for answer in answers], 0.0)
         if foreign:
             return TeacherSignal(own_logprobs=logprobs if Need.LOGPROBS in needs else None)
@@ -135,6 +135,18 @@ class ServedTeacher(Teacher):
                 temperature=self.temperature,
             )
         return TeacherSignal(topk=topk, logprobs=_placed(logprobs, view) if Need.LOGPROBS in needs else None)
+
+    def _answers(self, asked: _Asked, k: int) -> list[Scored]:
+        try:
+            return self.client.ask_all([self._asking(one.ids, one.first, k) for one in asked.sequences])
+        except RefusedError as error:
+            if error.status not in (400, 413, 422):
+                raise
+            longest = max(len(one.ids) for one in asked.sequences)
+            raise ConfigError(
+                f"{error}; the longest sequence sent has {longest} tokens: if those are too many for the server, set "
+                "batch.max_length lower, or start it with a longer context (vLLM: --max-model-len)"
+            ) from error
 
     @property
     def _known(self) -> Vocabulary:
@@ -162,8 +174,8 @@ class ServedTeacher(Teacher):
                 return ""
 
             try:
-                # A server that does not know a path may answer anything: not worth many tries where others are left.
-                retries = None if len(known) == 1 else min(2, self.client.retries)
+                # A server that answered the first may answer anything to what it does not know.
+                retries = None if candidate is known[0] else min(2, self.client.retries)
                 reason = self.client.ask(candidate.question(ids, 1, 1, texts=True), offered, retries=retries)
             except BadAnswerError as error:
                 reason = str(error.__cause__)
@@ -204,15 +216,16 @@ class ServedTeacher(Teacher):
     def _not_offered(self, reasons: Sequence[str]) -> str:
         """What to do with a server that gives no log-probabilities of a prompt."""
         name = self.client.server.name
-        if self._writes():
+        if self._writes() and self.protocol == "auto":
             return (
                 f"teacher: {name} serves text alone, and no log-probabilities of given tokens ({'; '.join(reasons)}), "
                 "from which nothing but cross_entropy on its answers can be learned; write them into the data and set "
                 "teacher=none, or serve the model with vLLM or SGLang"
             )
+        other = "" if self.protocol == "auto" else ", set teacher.protocol=auto"
         return (
             f"teacher: {name} gives no log-probabilities of given tokens ({'; '.join(reasons)}); check teacher.url, "
-            "which often ends in /v1, and teacher.model, or serve the model with vLLM or SGLang"
+            f"which often ends in /v1, and teacher.model{other}, or serve the model with vLLM or SGLang"
         )
 
     def _writes(self) -> bool:

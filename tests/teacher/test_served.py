@@ -245,7 +245,7 @@ def test_what_may_pass_is_asked_again(fault: str, server: Server) -> None:
 @pytest.mark.parametrize(
     ("fault", "told"),
     [
-        ("status:400", "HTTP 400 .told to answer 400"),
+        ("status:400", "HTTP 400 .told to answer 400.*has 6 tokens.*batch.max_length"),
         ("status:401", "api_key_env"),
         ("status:403", "api_key_env"),
         ("status:404", "teacher.url.*teacher.model"),
@@ -322,6 +322,12 @@ def test_what_was_declared_wrongly_is_found_before_training(
     server.fail(*faults)
     with pytest.raises(ConfigError, match=told):
         teacher(server, **settings)
+
+
+def test_a_declared_protocol_that_a_server_does_not_speak_is_told(server: Server) -> None:
+    server.speak("vllm")
+    with pytest.raises(ConfigError, match=r"sglang: HTTP 404 \(Not Found\).*set teacher\.protocol=auto"):
+        teacher(server, protocol="sglang")
 
 
 def test_a_server_that_is_down_is_told_in_a_sentence() -> None:
