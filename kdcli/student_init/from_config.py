@@ -44,13 +44,13 @@ class FromConfig(StudentInit):
             return _config(self.config, self.overrides, tokenizer_of(student, teacher))
 
     def __call__(self, student: Student, teacher: Teacher) -> None:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
         tokenizer = tokenizer_of(student, teacher)
         with torch.random.fork_rng(), _explained():
             torch.manual_seed(self.seed)
-            model = AutoModelForCausalLM.from_config(
-                _config(self.config, self.overrides, tokenizer),
+            model = getattr(transformers, student.auto).from_config(
+                student.configured(_config(self.config, self.overrides, tokenizer)),
                 dtype=getattr(torch, student.dtype),
                 attn_implementation=student.attention,
             )

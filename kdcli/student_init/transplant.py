@@ -146,7 +146,7 @@ def mixtures(old: Any, new: Any) -> tuple[Mixture, dict[int, int]]:
         if match is not None:
             copied[index] = match
         ids.append([match] if match is not None else pieces(key, known) if isinstance(key, bytes) else [])
-    return Mixture(ids, [[1 / len(some)] * len(some) for some in ids]), copied
+    return Mixture(ids, [[1 / len(some) for _ in some] for some in ids]), copied
 
 
 def pieces(text: bytes, known: dict[Key, int]) -> list[int]:

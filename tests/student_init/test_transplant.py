@@ -32,7 +32,7 @@ def _words(words: list[str]) -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=known, eos_token="[end]", bos_token="[end]", pad_token="[pad]")
 
 
-NEW = ["w7", "w12w3", "[pad]", "w3", *families.WORDS[8:], "[end]", "zebra"]
+NEW = ["w7", "w12w3", "[pad]", "w3", *families.WORDS[10:], "[end]", "zebra"]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_equal_tokens_and_roles_are_copied_and_others_are_the_mean_of_their_piec
     old = families.model("llama")  # the same weights
     init(student, NoTeacher())
     assert shape == student.shape()
-    new = {token: index for token, index in student.tokenizer.get_vocab().items()}
+    new = student.tokenizer.get_vocab()
     was = {word: index for index, word in enumerate(families.WORDS)}
     for own, its in (
         (student.model.get_input_embeddings().weight, old.get_input_embeddings().weight),
@@ -142,7 +142,7 @@ def test_sparsemax_is_the_nearest_distribution() -> None:
         (
             {"tokenizer": "new"},
             {"heuristic": "similar"},
-            r"student\.tokenizer is not the teacher's; set it to teacher\.path",
+            r"student\.tokenizer is not the teacher's",
         ),
         ({"tokenizer": "new"}, {"heldout": 40}, r"student_init\.data has 12 rows"),
     ],
