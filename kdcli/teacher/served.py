@@ -13,18 +13,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 import xxhash
-from torch import Tensor
 
-from kdcli.api import Batch, Need, Teacher, TeacherSignal, TeacherView, TopK
+from kdcli.api import Batch, Need, Teacher, TeacherSignal, TopK
 from kdcli.errors import ConfigError, KDError
 from kdcli.store.http import BadAnswerError, Client, Question, RefusedError
 from kdcli.store.models import load_tokenizer
+from kdcli.teacher._asked import Asked, placed
 from kdcli.teacher._protocols import AbsentError, Protocol, Scored, Vocabulary, candidates, readable, scored
 
 log = logging.getLogger(__name__)
@@ -119,7 +117,7 @@ class ServedTeacher(Teacher):
         if not needs & self.provides:
             return TeacherSignal()
         view = batch.teacher
-        asked = _Asked.of(batch)
+        asked = Asked.of(batch)
         foreign = view is not None and view.foreign
         k = self.k if Need.DISTRIBUTION in needs and not foreign else 0
         answers = self._answers(asked, k)
@@ -130,13 +128,13 @@ class ServedTeacher(Teacher):
         if k:
             width = min(k, self._known.size)
             topk = TopK(
-                ids=_placed(asked.spread([answer.ids for answer in answers], 0, width), view),
-                logprobs=_placed(asked.spread([answer.logprobs for answer in answers], -torch.inf, width), view),
+                ids=placed(asked.spread([answer.ids for answer in answers], 0, width), view),
+                logprobs=placed(asked.spread([answer.logprobs for answer in answers], -torch.inf, width), view),
                 temperature=self.temperature,
             )
-        return TeacherSignal(topk=topk, logprobs=_placed(logprobs, view) if Need.LOGPROBS in needs else None)
+        return TeacherSignal(topk=topk, logprobs=placed(logprobs, view) if Need.LOGPROBS in needs else None)
 
-    def _answers(self, asked: _Asked, k: int) -> list[Scored]:
+    def _answers(self, asked: Asked, k: int) -> list[Scored]:
         try:
             return self.client.ask_all([self._asking(one.ids, one.first, k) for one in asked.sequences])
         except RefusedError as error:
@@ -237,89 +235,3 @@ class ServedTeacher(Teacher):
             )
         except (KDError, KeyError, IndexError, TypeError):
             return False
-
-
-@dataclass(frozen=True)
-class _Sequence:
-    """A sequence of which some targets are wanted."""
-
-    ids: list[int]  # up to the last target that is wanted
-    first: int  # place in `ids` of the first such target
-    row: int
-    start: int  # column of the first id
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What is asked of a batch, at the teacher's positions."""
-
-    wanted: Tensor  # [B, T'] bool
-    sequences: list[_Sequence]
-
-    @classmethod
-    def of(cls, batch: Batch) -> _Asked:
-        wanted, targets, inputs = (tensor.cpu() for tensor in _at_teacher(batch))
-        view = batch if batch.teacher is None else batch.teacher
-        sequences = []
-        for row, start, stop in _stretches(view.attention_mask.cpu(), view.position_ids):
-            places = torch.nonzero(wanted[row, start:stop])[:, 0].tolist()
-            if places:
-                last = start + places[-1]
-                ids = [*inputs[row, start : last + 1].tolist(), int(targets[row, last])]
-                kept = torch.tensor(places)
-                following = torch.tensor(ids)[kept + 1]
-                assert torch.equal(following, targets[row, start + kept]), "a target is the token after its position"
-                sequences.append(_Sequence(ids=ids, first=places[0] + 1, row=row, start=start))
-        return cls(wanted.to(batch.input_ids.device), sequences)
-
-    def spread(self, values: Sequence[Tensor], empty: float, *width: int) -> Tensor:
-        """[N] or [N, K] of each sequence's targets from its first on -> [B, T'] or [B, T', K]; `empty` elsewhere."""
-        dtype = values[0].dtype if values else torch.float32 if isinstance(empty, float) else torch.int64
-        full = torch.full((*self.wanted.shape, *width), empty, dtype=dtype)
-        for one, value in zip(self.sequences, values, strict=True):
-            left = one.start + one.first - 1
-            full[one.row, left : left + len(value)] = value
-        full = full.to(self.wanted.device)
-        return full.masked_fill(~self.wanted.view(*self.wanted.shape, *[1] * len(width)), empty)
-
-
-def _at_teacher(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Which targets are wanted, [B, T'] bool; the targets and the ids, [B, T'], all at the teacher's positions."""
-    view = batch.teacher
-    if view is None:
-        return batch.mask, batch.targets, batch.input_ids
-    if view.targets is not None:
-        assert view.mask is not None, "a view of another tokenizer says which targets are of the answer"
-        return view.mask, view.targets, view.input_ids
-    row, column = torch.nonzero(batch.mask & (view.position >= 0), as_tuple=True)
-    place = view.position[row, column]
-    wanted = torch.zeros_like(view.input_ids, dtype=torch.bool)
-    targets = torch.zeros_like(view.input_ids)
-    wanted[row, place] = True
-    targets[row, place] = batch.targets[row, column]
-    return wanted, targets, view.input_ids
-
-
-def _stretches(attention_mask: Tensor, position_ids: Tensor | None) -> list[tuple[int, int, int]]:
-    """(row, first column, column after the last) of each sequence: positions begin again with each one of a row."""
-    found = []
-    for row, mask in enumerate(attention_mask.tolist()):
-        restarts = [False] * len(mask) if position_ids is None else (position_ids[row] == 0).tolist()
-        edges = [
-            column
-            for column in range(len(mask) + 1)
-            if column == len(mask) or column == 0 or mask[column] != mask[column - 1] or restarts[column]
-        ]
-        found += [(row, start, stop) for start, stop in pairwise(edges) if mask[start]]
-    return found
-
-
-def _placed(values: Tensor, view: TeacherView | None) -> Tensor:
-    """[B, T', ...] at the teacher's positions -> [B, T, ...] at the student's; as after no target where it has none."""
-    if view is None:
-        return values
-    empty = -torch.inf if values.dim() == 3 and values.is_floating_point() else 0
-    tail = values.shape[2:]
-    index = view.position.clamp(min=0).view(*view.position.shape, *[1] * len(tail)).expand(*view.position.shape, *tail)
-    missing = (view.position < 0).view(*view.position.shape, *[1] * len(tail))
-    return values.gather(1, index).masked_fill(missing, empty)
