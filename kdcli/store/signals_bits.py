@@ -58,10 +58,11 @@ def _packed_plane(low: np.ndarray, width: int) -> np.ndarray:
     if width == 8:
         return low.astype(np.uint8)
     each = 8 // width
-    padded = np.zeros((len(low), -(-low.shape[1] // each), each), np.uint8)
-    padded.reshape(len(low), -1)[:, : low.shape[1]] = low
+    size = -(-low.shape[1] // each)
+    padded = np.zeros((len(low), size * each), np.uint8)
+    padded[:, : low.shape[1]] = low
     shifts = (np.arange(each) * width).astype(np.uint8)
-    return np.bitwise_or.reduce(padded << shifts, axis=2, dtype=np.uint8)
+    return np.bitwise_or.reduce(padded.reshape(len(low), size, each) << shifts, axis=2, dtype=np.uint8)
 
 
 def _unpacked_plane(packed: np.ndarray, width: int) -> np.ndarray:
