@@ -15,6 +15,9 @@ from kdcli.store.signals_codec import Codec, SampledCodec, TopKCodec
 from kdcli.text.tokenize import tokenizer_fingerprint
 
 
+UNFINISHED = {"shards", "tokenizer"}  # what a process that was killed at once leaves
+
+
 def open_store(section: Mapping[str, Any], teacher: Teacher, tokenizer: Any) -> tuple[Path, Codec, Identity]:
     """The folder that the config section `cache` names, and what must be in it or will be. `tokenizer`: the student's.
     Loads no weights. Raises ConfigError where something else is in it."""
@@ -36,7 +39,7 @@ def open_store(section: Mapping[str, Any], teacher: Teacher, tokenizer: Any) -> 
                 f"cache.path: {path} holds the signal of another {', and another '.join(unlike)}; set another "
                 "cache.path, or what it was written with"
             )
-    elif path.is_dir() and any(path.iterdir()):
+    elif path.is_dir() and {child.name for child in path.iterdir()} - UNFINISHED:
         raise ConfigError(f"cache.path: {path} holds files, but no cache; set a new or an empty folder")
     return path, codec, identity
 

@@ -53,11 +53,12 @@ def work(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None
             raise ConfigError(
                 "student: its tokenizer is not the teacher's, and a cache holds what is said of its tokens"
             )
-        path, codec, identity = open_store(config["cache"], teacher, tokenizer)
         if engine.rank == 0:
+            path, _, identity = open_store(config["cache"], teacher, tokenizer)
             facts = {"teacher_config": dict(config["teacher"]), "made": utc_now(), "kdcli": __version__}
             signals.create(path, identity, tokenizer, facts)
-        engine.gather(None)  # no rank looks for what rank 0 has not made yet
+        engine.gather(None)  # no rank looks at what rank 0 has made in part
+        path, codec, _ = open_store(config["cache"], teacher, tokenizer)
         with signals.only_writer(path) if engine.rank == 0 else nullcontext():
             rows, counts = encode(
                 build(config["data"], Data),
