@@ -162,7 +162,7 @@ class Segments(Sequence[Segment]):
             mask=_flags(block["mask"][row]),
             domain=self._domain,
             teacher=_teacher(block, row),
-            **{name: block[name][row].as_py() for name in PLAIN},
+            **{name: block[name][row].as_py() for name in PLAIN if name in block},
         )
 
     def lengths(self) -> np.ndarray:
@@ -217,19 +217,20 @@ class TokenRows(Sequence[Row]):
 
 @lru_cache(maxsize=KEPT)
 def _columns(reader: Any, number: int) -> dict[str, Any]:
-    """The columns of a record batch; their values stay on disk."""
-    return dict(zip(SCHEMA.names, reader.get_batch(number).columns, strict=True))
+    """The columns of a record batch that have values, which stay on disk; of the others not a page is read."""
+    columns = zip(SCHEMA.names, reader.get_batch(number).columns, strict=True)
+    return {name: column for name, column in columns if column.null_count < len(column)}
 
 
 def _teacher(block: dict[str, Any], row: int) -> TeacherTokens | None:
-    ids = _values(block["teacher_ids"][row])
+    ids = _values(block["teacher_ids"][row]) if "teacher_ids" in block else None
     if ids is None:
         return None
     return TeacherTokens(
         ids=ids,
         span=_values(block["span"][row]),
         teacher_span=_values(block["teacher_span"][row]),
-        mask=_flags(block["teacher_mask"][row]),
+        mask=_flags(block["teacher_mask"][row]) if "teacher_mask" in block else None,
     )
 
 

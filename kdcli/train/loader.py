@@ -18,6 +18,7 @@ from kdcli.store.tokens import Row
 from kdcli.text.collate import collate
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: multiples of it modulo 2^64 fill the circle as evenly as any can
+THREE = struct.Struct("<3Q")  # what `_hash` hashes of three numbers
 ROUNDS = 6  # of the Feistel network; four make a strong pseudo-random permutation (Luby & Rackoff 1988)
 
 
@@ -176,7 +177,7 @@ def permuted(index: int, size: int, key: int) -> int:
     while True:
         left, right = index >> half, index & low
         for turn in range(ROUNDS):
-            left, right = right, left ^ (_hash(key, turn, right) & low)
+            left, right = right, left ^ (xxhash.xxh3_64_intdigest(THREE.pack(key, turn, right)) & low)
         index = left << half | right
         if index < size:
             return index
