@@ -51,3 +51,23 @@ def test_a_run_interrupted_between_updates_ends_with_the_same_weights(tmp_path: 
     assert work(broken, fault="step.forward:step=5:kill") == [None]
     assert work(broken) == [0]
     assert lines(broken) == lines(whole)
+
+
+def test_doge_says_the_same_under_zero_0_to_2(tmp_path: Path) -> None:
+    """Stage 3 is refused before a run: tests/config/test_domains.py."""
+    told = []
+    for stage, ranks in ((0, 1), (1, 2), (2, 2)):
+        scheduler = node("doge", interval=1, lr=0.01)
+        exact = {"run__steps": 3, "run__save_every": 0, "student_init__config__attention_dropout": 0.0}
+        run_dir = write_run(
+            tmp_path / str(stage), domain_scheduler=scheduler, probe__rows=2, engine__stage=stage, **exact
+        )
+        assert work(run_dir, ranks=ranks) == [0] * ranks, state(run_dir)
+        keys = ("/alignment", "/weight")
+        told.append([{key: line[key] for key in line if key.endswith(keys)} for line in lines(run_dir)])
+    assert {f"probe/{name}/alignment" for name in ("prose", "verse")} <= {key for line in told[0] for key in line}
+    assert len({line["domain/prose/weight"] for line in told[0] if "domain/prose/weight" in line}) > 1, "it moves"
+    for other in told[1:]:
+        assert [line.keys() for line in other] == [line.keys() for line in told[0]]
+        for line, same in zip(other, told[0], strict=True):
+            assert line == pytest.approx(same, rel=1e-3)
