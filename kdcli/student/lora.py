@@ -108,10 +108,26 @@ class LoRA(HFStudent):
 
     def inject(self, model: Any) -> None:
         self.adapter.inject(model)
+        for parameter in model.parameters():
+            if self.quantization and parameter.requires_grad:  # peft makes it as coarse as the products are
+                parameter.data = parameter.data.to(getattr(torch, self.dtype))
         if self.new_tokens:
             for module in (model.get_input_embeddings(), model.get_output_embeddings()):
                 if module is not None:
                     module.requires_grad_(True)
 
+    def settle(self) -> None:
+        super().settle()
+        if self.quantization is not None:
+            self.register_load_state_dict_pre_hook(_leave_out)
+
     def choose(self, model: Any) -> None:
         _freeze.choose(model, self.train_patterns, self.freeze_patterns, only=False)
+
+
+def _leave_out(module: Any, state: dict[str, Any], *_: Any) -> None:
+    """bitsandbytes saves how a weight was cut to 4 bits beside it, and does not read that back; it is as it was."""
+    del module
+    cut = {key.partition(".quant_state.")[0] for key in state if ".quant_state." in key}
+    for key in [key for key in state if key.rpartition(".")[0] in cut or ".quant_state." in key]:
+        del state[key]

@@ -89,7 +89,11 @@ class StudentFolder:
         shutil.rmtree(self.beside, ignore_errors=True)
         self.beside.mkdir(parents=True)
         furnish(self.beside)
-        self._shards["model"] = Shards(self.beside, [weight.name for weight in self.plan.weights], limit=limit)
+        names = {weight.name for weight in self.plan.weights}
+        if self.converts():
+            numbers = blueprint.skeleton(self.beside, self.plan.auto).state_dict()
+            names |= set(self._as_published(numbers))
+        self._shards["model"] = Shards(self.beside, names, limit=limit)
         if self.plan.adapter:
             folder = self.beside / ADAPTER
             folder.mkdir()
