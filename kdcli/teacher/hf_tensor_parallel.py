@@ -47,7 +47,7 @@ class HFTensorParallelTeacher(Frozen):
         from transformers.distributed.configuration_utils import DistributedConfig
 
         plan = DistributedConfig(tp_plan="auto", tp_size=self._engine.world_size)
-        self._take(self._load(device, {"distributed_config": plan}))
+        self._take(_compacted(self._load(device, {"distributed_config": plan})))
 
     def _check(self, ranks: int) -> None:
         config = self.architecture()
@@ -78,6 +78,16 @@ class HFTensorParallelTeacher(Frozen):
 
     def _whole(self, parameter: Any) -> Tensor:
         return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+@torch.no_grad()
+def _compacted(model: Any) -> Any:
+    """The model with memory of its own for each part: on a CPU transformers leaves it a view of the whole matrix."""
+    for parameter in model.parameters():
+        part = getattr(parameter, "_local_tensor", parameter)  # `to_local` hands out another tensor of that memory
+        if part.untyped_storage().nbytes() > part.numel() * part.element_size():
+            part.set_(part.clone())
+    return model
 
 
 def _moved(inputs: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
