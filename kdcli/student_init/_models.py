@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 from kdcli.api import ModelShape, Student, Teacher
 from kdcli.errors import ConfigError
 from kdcli.store.layers import shape_of
-from kdcli.store.models import load_config, real_ids
+from kdcli.store.models import real_ids
 
 
 def tokenizer_of(student: Student, teacher: Teacher) -> Any:
@@ -29,7 +29,7 @@ def source_of(student: Student, teacher: Teacher, option: str) -> Any:
     """
     model = student.model if student.model is not None else getattr(teacher, "model", None)
     if model is None:
-        raise ConfigError(f"student_init={option} needs a model to cut: set teacher=hf, or student.path")
+        raise _nothing(option, teacher)
     for parameter in model.parameters():
         state = _not_whole(parameter)
         if state:
@@ -42,14 +42,12 @@ def source_of(student: Student, teacher: Teacher, option: str) -> Any:
 
 def source_config(student: Student, teacher: Teacher, option: str) -> Any:
     """The transformers config of what `source_of` will give, without loading weights. Raises ConfigError as it does."""
-    for model in (student, teacher):
-        loaded, path = getattr(model, "model", None), getattr(model, "path", None)
-        if loaded is not None:
-            return loaded.config
-        if path is not None:
-            options = {"revision": getattr(model, "revision", None)}
-            return load_config(path, **options, trust_remote_code=getattr(model, "trust_remote_code", False))
-    raise ConfigError(f"student_init={option} needs a model to cut: set teacher=hf, or student.path")
+    config = student.architecture()
+    if config is None and hasattr(teacher, "model") and getattr(teacher, "quantization", None) is None:
+        config = teacher.architecture()
+    if config is None:
+        raise _nothing(option, teacher)
+    return config
 
 
 def source_shape(student: Student, teacher: Teacher, option: str) -> ModelShape:
@@ -67,6 +65,14 @@ def size(model: Any) -> str:
     count = parameters(model)
     unit, name = (1e9, "B") if count >= 1e9 else (1e6, "M")
     return f"{model.config.get_text_config().num_hidden_layers} layers, {count / unit:.2f}{name} parameters"
+
+
+def _nothing(option: str, teacher: Teacher) -> ConfigError:
+    held = "no teacher" if teacher.architecture() is None else f"a {type(teacher).__name__}, which is not whole here"
+    return ConfigError(
+        f"student_init={option} needs a model to cut, whole in memory and not quantized: set teacher=hf, or "
+        f"student.path (now there is {held}, and student.path names none)"
+    )
 
 
 def _not_whole(parameter: Any) -> str:

@@ -18,6 +18,7 @@ from kdcli.student_init._ranking import angular_distance, block_influence, kept_
 from kdcli.student_init._surgery import cut
 from kdcli.student_init.drop_layers import DropLayers
 from kdcli.teacher.hf import HFTeacher
+from kdcli.teacher.hf_sharded import HFShardedTeacher
 from kdcli.teacher.none import NoTeacher
 from kdcli.text.collate import collate
 from tests import families
@@ -188,3 +189,15 @@ def test_a_model_that_is_not_whole_is_refused(tmp_path: Path, data: Jsonl) -> No
         DropLayers(keep=2, data=data, **SMALL)(HFStudent(), teacher)
     with pytest.raises(ConfigError, match="needs a model to cut"):
         DropLayers(keep=2, data=data, **SMALL).shape(HFStudent(), NoTeacher())
+
+
+def test_a_teacher_that_is_not_whole_is_told_before_weights_load(tmp_path: Path, data: Jsonl) -> None:
+    """As it is split over ranks or kept elsewhere; one that is quantized has no weights to cut either."""
+    folder = families.folder(tmp_path / "teacher")
+    quantized = HFTeacher(path=folder)
+    quantized.quantization = "4bit"
+    for teacher in (HFShardedTeacher(path=folder), quantized):
+        with pytest.raises(ConfigError, match=r"set teacher=hf, or student\.path \(now there is a HF\w+, which is not"):
+            DropLayers(keep=2, data=data, **SMALL).shape(HFStudent(), teacher)
+    student = HFStudent(path=folder)
+    assert DropLayers(keep=2, data=data, **SMALL).shape(student, HFShardedTeacher(path=folder)) is not None
