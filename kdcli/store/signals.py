@@ -125,9 +125,9 @@ class Signals:
         stored = self.block(entry)[0]
         return len(stored) == len(wanted) and not bool((wanted & ~stored).any())
 
-    def read(self, entries: Sequence[int], wanted: Sequence[np.ndarray]) -> Decoded:
+    def read(self, entries: Sequence[int] | np.ndarray, wanted: Sequence[np.ndarray]) -> Decoded:
         """The signal of the `wanted` positions ([T] bool each) of each sequence, joined; they must be stored."""
-        blocks = [self.block(entry) for entry in entries]
+        blocks = [self.block(int(entry)) for entry in entries]
         kept = [want[stored] for (stored, _), want in zip(blocks, wanted, strict=True)]
         return self.codec.decode([data for _, data in blocks], kept)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdcli.api import Batch, Need, Teacher, TeacherSignal
 from kdcli.errors import ConfigError
-from kdcli.ops.chunked import chunk_size
+from kdcli.ops.chunked import chunk_size, rows_at_once
 from kdcli.ops.draws import keys_of, mixed
 from kdcli.ops.mixture import mixed as mixture
 from kdcli.store.models import real_ids
@@ -40,7 +40,8 @@ def vocabulary_of(teacher: Teacher) -> int:
 def capture(teacher: Teacher, batch: Batch, codec: Codec) -> list[Entry]:
     """Ask the teacher, and code what it says of the supervised targets. Raises ConfigError for one that gives neither
     hidden states nor top-k log-probabilities."""
-    signal = teacher.annotate(batch, Need.DISTRIBUTION | (Need.LOGPROBS & teacher.provides))
+    sparse = Need.LOGITS not in teacher.provides  # of logits the targets' log-probabilities follow
+    signal = teacher.annotate(batch, Need.DISTRIBUTION | (Need.LOGPROBS & teacher.provides if sparse else Need.NOTHING))
     wanted = wanted_of(batch)
     parts = list(_observed(signal, batch, wanted, codec))
     whole = tuple(np.concatenate(column) for column in zip(*parts, strict=True)) if parts else ()
@@ -71,7 +72,10 @@ def _observed(signal: TeacherSignal, batch: Batch, wanted: Tensor, codec: Codec)
         return
     keys = _keys(batch, wanted, codec) if isinstance(codec, SampledCodec) else targets
     for part, logits in chunks_of(signal, wanted, codec.vocab_size):
-        yield codec.observe(logits, targets[part], keys[part])
+        own_targets, own_keys, rows = targets[part], keys[part], rows_at_once(logits)
+        for start in range(0, len(logits), rows):
+            some = slice(start, start + rows)
+            yield codec.observe(logits[some], own_targets[some], own_keys[some])
 
 
 def chunks_of(signal: TeacherSignal, wanted: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -23,6 +23,7 @@ from kdcli.ops.draws import draw
 from kdcli.store.signals_bits import pack, packed_size, unpack
 
 AT_ONCE = 1024  # targets decoded at a time: their numbers stay in the processor's cache
+BLOCK = 64  # logits whose maximum is looked at first
 LEAST = -87.0  # log-probability of a rest that is nothing: float32's smallest normal number
 
 
@@ -108,7 +109,7 @@ class TopKCodec(Codec):
 
     def observe(self, logits: Tensor, targets: Tensor, key: Tensor) -> Observed:
         del key
-        values, ids = logits.topk(self.k, dim=-1)
+        values, ids = _topk(logits, self.k)
         normalizer = _normalizer(logits, values[:, :1])
         target = _log_p(logits, targets, normalizer)
         if self.temperature != 1.0:
@@ -213,8 +214,11 @@ class SampledCodec(Codec):
         return {"codec": "sampled", "samples": self.samples, "seed": self.seed, "vocab_size": self.vocab_size}
 
     def observe(self, logits: Tensor, targets: Tensor, key: Tensor) -> Observed:
-        target = _log_p(logits, targets, _normalizer(logits, logits.amax(-1, keepdim=True)))
-        log_p = torch.log_softmax(logits / self.temperature, dim=-1)
+        log_p = torch.log_softmax(logits if self.temperature == 1.0 else logits / self.temperature, dim=-1)
+        if self.temperature == 1.0:
+            target = _log_p(log_p, targets, 0.0)
+        else:
+            target = _log_p(logits, targets, logits.logsumexp(-1, keepdim=True))
         ids = draw(log_p, key, self.samples).sort(-1).values
         return ids.int().cpu().numpy(), target.float().cpu().numpy()
 
@@ -260,12 +264,26 @@ def codec_of(settings: Mapping[str, Any], temperature: float) -> TopKCodec | Sam
     return kinds[settings["codec"]](**given, temperature=temperature)
 
 
+def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """torch.topk of [C, V], in a quarter of its time: the k largest lie in the k blocks with the largest maxima."""
+    blocks = logits.shape[-1] // BLOCK
+    if blocks < 2 * k:
+        return logits.topk(k, dim=-1)
+    whole = logits[:, : blocks * BLOCK].unflatten(-1, (blocks, BLOCK))
+    chosen = whole.amax(-1).topk(k, dim=-1, sorted=False).indices
+    places = torch.arange(BLOCK, device=logits.device)
+    left = torch.arange(blocks * BLOCK, logits.shape[-1], device=logits.device).expand(len(logits), -1)
+    ids = torch.cat([(chosen.unsqueeze(-1) * BLOCK + places).flatten(1), left], dim=-1)
+    values, order = logits.gather(-1, ids).topk(k, dim=-1)
+    return values, ids.gather(-1, order)
+
+
 def _normalizer(logits: Tensor, top: Tensor) -> Tensor:
     """log sum exp(logits), [C, V] and their largest [C, 1] -> [C, 1]: half the time of torch.logsumexp on a CPU."""
     return top + (logits - top).exp_().sum(-1, keepdim=True).log()
 
 
-def _log_p(logits: Tensor, targets: Tensor, normalizer: Tensor) -> Tensor:
+def _log_p(logits: Tensor, targets: Tensor, normalizer: Tensor | float) -> Tensor:
     """log softmax(logits)[targets], [C]; of a target that the teacher has no id for, LEAST."""
     known = targets < logits.shape[-1]
     chosen = logits.gather(-1, targets.clamp(max=logits.shape[-1] - 1).unsqueeze(-1))

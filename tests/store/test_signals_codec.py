@@ -62,6 +62,15 @@ def test_top_k_comes_back_within_its_bound(logits: Tensor, bits, temperature: fl
     np.testing.assert_allclose(found.target, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [V, 128, 300 * 64 + 17])
+@pytest.mark.parametrize("k", [1, 3])
+def test_the_likeliest_ids_of_a_large_vocabulary_are_torchs(vocab: int, k: int) -> None:
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(1))
+    logits[0, -1] = 9.0  # the largest lies behind the last whole block
+    found = back(TopKCodec(k=k, bits=32, vocab_size=vocab), logits)
+    assert (found.ids == logits.topk(k).indices.numpy()).all()
+
+
 @pytest.mark.parametrize("bits", [8, 16])
 def test_quantising_keeps_the_order(logits: Tensor, bits) -> None:
     found = back(TopKCodec(k=V, bits=bits, vocab_size=V), logits)
