@@ -18,7 +18,7 @@ PRECISIONS = {
     torch.bfloat16: {"bf16": {"enabled": True}},
     torch.float16: {"fp16": {"enabled": True}},
 }
-AHEAD = 50_000_000  # parameters fetched before they are used, as DeepSpeed has it; of a small model a twentieth
+AHEAD, LIVE = 50_000_000, 1_000_000_000  # parameters fetched at a time, and whole at a time: DeepSpeed's own bounds
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
@@ -83,11 +83,13 @@ def _partitioned(load: Callable[[], Any], dtype: torch.dtype) -> Any:
 def _config(model: Any) -> dict[str, Any]:
     """Without a precision: the parameters have theirs, and nothing is trained."""
     sizes = [(len(p.ds_shape), p.ds_numel) for p in model.parameters()]
-    vectors = [size for dimensions, size in sizes if dimensions < 2]
+    total = sum(size for _, size in sizes)
     zero = {
         "stage": 3,
-        "stage3_param_persistence_threshold": max(vectors, default=0),
-        "stage3_prefetch_bucket_size": min(AHEAD, sum(size for _, size in sizes) // 20),
+        "stage3_param_persistence_threshold": max((size for dimensions, size in sizes if dimensions < 2), default=0),
+        # Each of a layer's modules fetches ahead of its own: without a bound, all of a small model is whole at once.
+        "stage3_prefetch_bucket_size": min(AHEAD, total // 20),
+        "stage3_max_live_parameters": min(LIVE, total // 10),
     }
     return _settings(zero)
 
