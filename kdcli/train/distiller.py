@@ -23,6 +23,7 @@ from kdcli.api import (
     TeacherSignal,
     Voice,
 )
+from kdcli.errors import ConfigError
 from kdcli.ops import divergence
 from kdcli.ops.chunked import chunk_size, compute_dtype, head_loss, rows_at_once, target_logprobs
 from kdcli.ops.head import Head
@@ -32,6 +33,7 @@ from kdcli.train.shares import counts_of, sequences_of, share_of
 from kdcli.train.tally import Tally
 
 OF_BOTH = ("teacher_nll", "teacher_correct", "kl", "agree")  # scores that need a teacher
+OF_IDS = ~(Need.REWARD | Need.REFERENCE)  # what a teacher says of the very ids that the student reads
 LAYERS = Need.HIDDEN | Need.ATTENTION | Need.RELATIONS  # what is asked of the student's layers too
 
 
@@ -130,6 +132,7 @@ class Distiller(nn.Module):
     def _annotated(self, batch: Batch) -> TeacherSignal:
         """The teacher's signal, with the reference's log-probabilities where a term needs them."""
         reference = self._reference[0]
+        self._refuse_unknown(batch)
         signal = self.teacher.annotate(batch, self.needs if reference is None else self.needs & ~Need.REFERENCE)
         if reference is None:
             return signal
@@ -138,6 +141,23 @@ class Distiller(nn.Module):
             size = self.chunk or chunk_size(head.vocab_size, hidden.device)
             values = target_logprobs(hidden, head, batch.targets[batch.mask], size)
         return replace(signal, reference_logprobs=_spread(values, batch.mask))
+
+    def _refuse_unknown(self, batch: Batch) -> None:
+        """Raise ConfigError where the teacher is to read an id that only the student has, such as a new token."""
+        shape = None if self.foreign or not self.needs & OF_IDS else self.teacher.shape()
+        if shape is None or self.student.head.vocab_size <= shape.vocab_size:
+            return
+        view = batch.teacher
+        ids = [batch.input_ids if view is None else view.input_ids, batch.targets[batch.mask]]
+        highest = max(int(one.max()) for one in ids if one.numel())
+        if highest >= shape.vocab_size:
+            tokenizer = getattr(self.student, "tokenizer", None)
+            word = f" ({tokenizer.convert_ids_to_tokens(highest)})" if tokenizer is not None else ""
+            raise ConfigError(
+                f"teacher: a row has the id {highest}{word}, which only the student knows, so the teacher can neither "
+                "read nor predict it; learn such rows from their text alone (teacher=none, objective=cross_entropy), "
+                "or leave the token out of them"
+            )
 
     def _score(self, batch: Batch, with_teacher: bool) -> Scores:
         dense = with_teacher and Need.LOGITS in self.teacher.provides and not self.foreign

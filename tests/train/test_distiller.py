@@ -22,10 +22,12 @@ from kdcli.api import (
     TeacherView,
     Unit,
 )
+from kdcli.errors import ConfigError
 from kdcli.objective.cross_entropy import CrossEntropy
 from kdcli.objective.forward_kl import ForwardKL
 from kdcli.objective.generalized_jsd import GeneralizedJSD
 from kdcli.objective.reverse_kl import ReverseKL
+from kdcli.store.layers import shape_of
 from kdcli.train.distiller import Distiller
 from tests import toys
 
@@ -438,3 +440,14 @@ def test_a_target_without_a_place_in_the_teachers_prompt_is_not_learned_from_it(
     counts = Distiller(student, teacher, {"kd": kd, "ce": ce}).count(batch)
     assert counts["ce"] == float(batch.mask.sum()), "text is learned from all the same"
     assert counts["kd"] == float((batch.mask & (position >= 0)).sum()) < counts["ce"]
+
+
+def test_an_id_that_only_the_student_knows_is_refused_by_name():
+    student, teacher = toys.ToyStudent(toys.llama(0, vocab=toys.VOCAB + 2)), toys.ToyTeacher(toys.llama(1))
+    teacher.shape = lambda: shape_of(teacher.model.config, toys.VOCAB)
+    distiller = Distiller(student, teacher, {"kd": ForwardKL()})
+    batch = toys.batch()
+    distiller(batch, distiller.count(batch))
+    batch.targets[batch.mask.nonzero()[0, 0], batch.mask.nonzero()[0, 1]] = toys.VOCAB
+    with pytest.raises(ConfigError, match=f"the id {toys.VOCAB}, which only the student knows"):
+        distiller(batch, distiller.count(batch))
