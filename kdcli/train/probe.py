@@ -160,7 +160,7 @@ class Probe:
 def problem_of(signals: frozenset[str], teacher: Teacher, *, foreign: bool = False) -> str | None:
     """Why a teacher cannot give what signals ask for, as a sentence."""
     needed = Need.LOGPROBS if signals & OF_TEACHER else Need.NOTHING
-    needed |= Need.DISTRIBUTION if "kl" in signals else Need.NOTHING
+    needed |= Need.LOGITS if "kl" in signals else Need.NOTHING
     if lacking := needed & ~teacher.provides:
         words = " and ".join(str(flag.name).lower() for flag in lacking)
         return f"it needs the teacher's {words}, which {type(teacher).__name__} does not provide; set teacher=hf"
