@@ -120,7 +120,7 @@ def config(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(settings.pop("model_type", family), **(settings | changes))
 
 
-def folder(path: Path, family: str, *, auto: str | None = None, seed: int = 0, **changes: Any) -> str:
+def folder(path: Path, family: str, auto: str | None = None, seed: int = 0, **changes: Any) -> str:
     """A random model and its tokenizer in `path`."""
     kind = auto or ("AutoModelForSeq2SeqLM" if family in WRITERS else "AutoModelForSequenceClassification")
     torch.manual_seed(seed)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcli.config import demands, domains, scheduled, teachers
+from kdcli.config import demands, domains, scheduled, tasks, teachers
 from kdcli.config.build import build, build_schedules
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
@@ -32,6 +32,8 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
     found += refused
     if refused:
         return found
+    if unfit := tasks.problems_in(config, objects):
+        return found + unfit
     found += _needs(config, objects) + _temperatures(config, objects)
     found += _student(config) + _domains(objects) + domains.problems_in(config, objects)
     found = found or _demands(config, objects)
@@ -323,9 +325,11 @@ def _hub_models(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
 
 def _tokenizers(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[str]:
     """Teacher and student give every token the same id, or only objectives for different tokenizers compare them;
-    padded rows of an embedding are not tokens."""
+    padded rows of an embedding are not tokens. Labels are compared whatever the tokenizers."""
     from kdcli.api import StudentInit
 
+    if objects["student"].task.kind == "classification":
+        return []
     teacher, student = config.get("teacher") or {}, config["student"]
     named = student.get("tokenizer") or student.get("path")
     init = objects.get("student_init")

@@ -102,9 +102,10 @@ def by_sequence(batch: Batch, states: Tensor) -> list[Tensor]:
     return list(upcast(states[mask][order]).split(counts(batch).tolist()))
 
 
-def visible(batch: Batch, row: int) -> Tensor:
+def visible(batch: Batch, row: int, bidirectional: bool = False) -> Tensor:
     """[n, T] bool: what the n supervised positions of a row may attend to: themselves and what is before them in their
-    sequence, prompt included."""
+    sequence, prompt included; of an encoder all supervised positions of their sequence."""
     segment, position = batch.segment[row], torch.arange(batch.mask.shape[1], device=batch.mask.device)
     asked = batch.mask[row]
-    return (segment[asked, None] == segment) & (position[asked, None] >= position)
+    seen = asked if bidirectional else position[asked, None] >= position
+    return (segment[asked, None] == segment) & seen

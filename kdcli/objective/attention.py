@@ -18,13 +18,14 @@ class Attention(Layered):
 
         mse: 1/k sum_j (a_s - a_t)_j^2        kl: sum_j a_t log(a_t / a_s) - a_t + a_s
 
-    over the k positions j of its sequence up to its own; kl is the Kullback-Leibler divergence where rows sum to one,
-    and stays non-negative where rounding or an attention sink keeps them from it. Where the models have different
-    numbers of heads, each side's mean over its heads is compared. Both models must run eager attention. Logarithms
-    are of 1e-38 at least, so that the value is finite where the student's window is narrower than the teacher's.
+    over the k positions j of its sequence up to its own (of an encoder all of them); kl is the Kullback-Leibler
+    divergence where rows sum to one, and stays non-negative where rounding or an attention sink keeps them from it.
+    Where the models have different numbers of heads, each side's mean over its heads is compared. Both models must run
+    eager attention. Logarithms are of 1e-38 at least, so that the value is finite where the student's window is
+    narrower than the teacher's.
 
     Departs from TinyBERT: probabilities in place of scores (which the models do not hand out, and which a constant may
-    shift), and the mean over keys is over those that a causal model can see. Dropout of the student's own
+    shift), and the mean over keys is over those that the model can see. Dropout of the student's own
     probabilities is part of what is compared.
     """
 
@@ -43,7 +44,7 @@ class Attention(Layered):
         pairs = self.pairs(len(ours), len(theirs))
         values = []
         for row, asked in enumerate(batch.mask):
-            seen = visible(batch, row)
+            seen = visible(batch, row, student.bidirectional)
             rows = [(ours[s - 1][row][:, asked], theirs[t - 1][row][:, asked]) for s, t in pairs]
             values.append(torch.stack([self._row(upcast(a), upcast(b), seen) for a, b in rows]).mean(0))
         return spread(torch.cat(values), batch.mask)

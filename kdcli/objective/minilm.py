@@ -21,14 +21,15 @@ class MiniLM(Layered):
 
         R = softmax_j(x_i . x_j / sqrt(d)),   x of one relation head, j in i's sequence and not after i
 
-    for each kind X in `relations`. The vectors of all heads are put beside each other and cut into `heads` relation
-    heads (the paper's A_r) of d numbers each, so that models with other numbers and widths of heads compare; grouped
-    keys and values are cut as they are, without being repeated. `heads: null` takes the greatest common divisor of both
-    models' key-value heads, which always fits. Pairs of layers count from 1; the paper takes the student's last with
-    one of the teacher's upper middle, and sums the kinds (weights alpha_i = 1: `weight` times their number).
+    for each kind X in `relations`; of an encoder j is anywhere in the sequence. The vectors of all heads are put beside
+    each other and cut into `heads` relation heads (the paper's A_r) of d numbers each, so that models with other
+    numbers and widths of heads compare; grouped keys and values are cut as they are, without being repeated.
+    `heads: null` takes the greatest common divisor of both models' key-value heads, which always fits. Pairs of layers
+    count from 1; the paper takes the student's last with one of the teacher's upper middle, and sums the kinds (weights
+    alpha_i = 1: `weight` times their number).
 
-    Departs from the paper: the causal mask (its models see both ways); queries and keys are compared before rotation,
-    so relations hold no positions. Raises ConfigError if `heads` does not divide the widths.
+    Departs from the paper: the mask of causal models (its models are encoders); queries and keys are compared before
+    rotation, so relations hold no positions. Raises ConfigError if `heads` does not divide the widths.
     """
 
     needs = Need.RELATIONS
@@ -70,7 +71,7 @@ class MiniLM(Layered):
         chosen = [(ours[s - 1], theirs[t - 1]) for s, t in self.pairs(len(ours), len(theirs))]
         values = []
         for row in range(len(batch.mask)):
-            asked, seen = batch.mask[row], visible(batch, row)
+            asked, seen = batch.mask[row], visible(batch, row, student.bidirectional)
             parts = [self._row(one, other, row, asked, seen, kind) for one, other in chosen for kind in self.relations]
             values.append(torch.stack(parts).mean(0))
         return spread(torch.cat(values), batch.mask)

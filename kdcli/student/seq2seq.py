@@ -8,7 +8,7 @@ from kdcli.api import ModelShape, Need, Task
 from kdcli.ops.head import Head
 from kdcli.store.layers import Layers
 from kdcli.store.models import real_ids
-from kdcli.store.placed import Reading, write
+from kdcli.store.placed import Reading, decoder_start, write
 from kdcli.store.seq2seq import decoder_shape, head_of
 from kdcli.student._task import TaskStudent
 
@@ -34,6 +34,10 @@ class Seq2SeqStudent(TaskStudent):
         revision: str | None = None,
     ) -> None:
         super().__init__(path=path, tokenizer=tokenizer, dtype=dtype, attention=attention, revision=revision)
+
+    def configured(self, config: Any) -> Any:
+        config.decoder_start_token_id = decoder_start(config)  # generation asks for it by that name
+        return config
 
     def head_of(self, model: Any) -> Head:
         return head_of(model, real_ids(self.tokenizer))

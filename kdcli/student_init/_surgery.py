@@ -28,7 +28,8 @@ def rebuilt(source: Any, config: Any, state: Mapping[str, Tensor], *, dtype: str
         output_loading_info=True,
     )
     require_complete("student_init", report)
-    model.generation_config = copy.deepcopy(source.generation_config)
+    if getattr(source, "generation_config", None) is not None:  # encoders have none
+        model.generation_config = copy.deepcopy(source.generation_config)
     return model
 
 

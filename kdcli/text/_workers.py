@@ -192,7 +192,7 @@ def _blocks(examples: Iterable[Example]) -> Iterator[list[Example]]:
 
 def worker_of(tokenizer: Any, settings: Settings, teacher_tokenizer: Any = None) -> Work:
     """What does the work of the settings' task."""
-    from kdcli.text._tasks import TaskWorker  # which imports this module
+    from kdcli.text.tasks import TaskWorker  # which imports this module
 
     kind = Worker if settings.task.kind == "causal" else TaskWorker
     return kind(tokenizer, settings, teacher_tokenizer)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kdcli.api import Example
+from kdcli.api import Example, Task
 from kdcli.errors import ConfigError
 from kdcli.store.examples import BadRow, content_key
 from kdcli.store.tokens import Segment, TeacherTokens
@@ -24,6 +24,47 @@ from kdcli.text.align import NONE
 SHOWN = 20  # labels that a sentence names
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """The texts of an example that are tokenized; `seen` is what the teacher reads, where that is something else."""
+
+    prompt: str
+    seen: str | None = None
+    responses: tuple[str, ...] = ()
+
+
+def texts_of(example: Example, task: Task, *, paired: bool = False, foreign: bool = False) -> Wanted:
+    """What is tokenized; `paired`: both answers of a pair, `foreign`: the teacher has another tokenizer. Raises BadRow
+    for an example that this task cannot use."""
+    if task.kind == "encoding":
+        if example.text is None and example.prompt is None:
+            raise BadRow("no prompt", "student=encoder reads rows of text, or of prompt; write this row as text")
+        return Wanted(example.text if example.text is not None else example.prompt or "")
+    if example.prompt is None:
+        what = "the label's name" if task.kind == "classification" else "what is to be written"
+        form = "messages" if example.messages is not None else "text"
+        raise BadRow("no prompt", f"the row has {form}, but this student reads prompt + response ({what})")
+    seen = example.teacher_prompt
+    seen = example.prompt if seen is None and foreign else seen
+    if task.kind == "classification":
+        if example.response is None:
+            raise BadRow("preference", "the row has chosen and rejected, but a classifier learns prompt + response")
+        label_of(example, task.labels)
+        return Wanted(example.prompt, seen)
+    responses = [example.response if example.rejected is None else example.chosen]
+    return Wanted(example.prompt, seen, tuple(text or "" for text in responses + [example.rejected] * paired))
+
+
+def label_of(example: Example, labels: Sequence[str]) -> int:
+    """The index of the label that a row's response names. Raises BadRow where it names none."""
+    label = (example.response or "").strip()
+    if label not in labels:
+        close = difflib.get_close_matches(label.casefold(), [name.casefold() for name in labels], n=1)
+        near = next((name for name in labels if close and name.casefold() == close[0]), None)
+        raise BadRow("no label", f"response is {label[:60]!r}, which is no label; {_hint(near, labels)}")
+    return labels.index(label)
+
+
 class TaskWorker:
     """Tokenizers, ready for blocks of examples: `Worker` for other tasks than `causal`."""
 
@@ -31,7 +72,6 @@ class TaskWorker:
         self.given = (tokenizer, settings, teacher_tokenizer)
         self.settings = settings
         self.kind = settings.task.kind
-        self.labels = {label: index for index, label in enumerate(settings.task.labels)}
         self.own = Wrapped(tokenizer)
         self.response = Wrapped(tokenizer, target=True) if self.kind == "seq2seq" else None
         self.foreign = teacher_tokenizer is not None
@@ -57,44 +97,20 @@ class TaskWorker:
 
     def _wanted(self, example: Example) -> Wanted | BadRow:
         try:
-            return self._texts(example)
+            return texts_of(example, self.settings.task, paired=self.settings.paired(example), foreign=self.foreign)
         except BadRow as refusal:
             return refusal
-
-    def _texts(self, example: Example) -> Wanted:
-        if self.kind == "encoding":
-            if example.text is None and example.prompt is None:
-                raise BadRow("no prompt", "student=encoder reads rows of text, or of prompt; write this row as text")
-            return Wanted(example.text if example.text is not None else example.prompt or "")
-        if example.prompt is None:
-            what = {"classification": "the label's name", "seq2seq": "what is to be written"}[self.kind]
-            form = "messages" if example.messages is not None else "text"
-            raise BadRow("no prompt", f"the row has {form}, but this student reads prompt + response ({what})")
-        seen = example.teacher_prompt
-        seen = example.prompt if seen is None and self.foreign else seen
-        if self.kind == "seq2seq":
-            responses = [example.response] if example.rejected is None else [example.chosen]
-            responses += [example.rejected] if self.settings.paired(example) else []
-            return Wanted(example.prompt, seen, tuple(text or "" for text in responses))
-        if example.response is None:
-            raise BadRow("preference", "the row has chosen and rejected, but a classifier learns prompt + response")
-        self._label(example)
-        return Wanted(example.prompt, seen)
-
-    def _label(self, example: Example) -> int:
-        label = (example.response or "").strip()
-        if label not in self.labels:
-            close = difflib.get_close_matches(label.casefold(), [name.casefold() for name in self.labels], n=1)
-            near = next((name for name in self.labels if close and name.casefold() == close[0]), None)
-            raise BadRow("no label", f"response is {label[:60]!r}, which is no label; {_hint(near, list(self.labels))}")
-        return self.labels[label]
 
     def _outcome(
         self, example: Example, prompt: list[int], seen: list[int] | None, responses: list[list[int]]
     ) -> Outcome:
         if self.kind == "encoding":
             return self._states(example, prompt)
-        answers = [self.response.wrapped(ids) for ids in responses] if self.response else [[self._label(example)]]
+        answers = (
+            [self.response.wrapped(ids) for ids in responses]
+            if self.response
+            else [[label_of(example, self.settings.task.labels)]]
+        )
         segments, truncated = [], 0
         for number, answer in enumerate(answers):
             ids, kept = self._fitted(self.own, prompt, answer)
@@ -155,15 +171,6 @@ class TaskWorker:
             rejected=rejected,
             teacher=teacher,
         )
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The texts of an example that are tokenized; `seen` is what the teacher reads, where that is something else."""
-
-    prompt: str
-    seen: str | None = None
-    responses: tuple[str, ...] = ()
 
 
 class Wrapped:
