@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -84,12 +84,13 @@ class Verdict:
         return [outcome for outcome in self.outcomes if outcome.failed]
 
 
-def run(candidate: Candidate) -> Verdict:
-    """Every check on one objective. A check that raises has failed, and its note is the error."""
+def run(candidate: Candidate, only: Collection[str] = ()) -> Verdict:
+    """Every check on one objective, or those of the names `only`. A check that raises has failed, and its note is the
+    error."""
     begin, threads = time.perf_counter(), torch.get_num_threads()
     torch.set_num_threads(1)  # of tensors this small, threads only wait for each other
     try:
-        outcomes = [outcome_of(check, candidate) for check in CHECKS]
+        outcomes = [outcome_of(check, candidate) for check in CHECKS if not only or name_of(check) in only]
     finally:
         torch.set_num_threads(threads)
     return Verdict(candidate.name, tuple(outcomes), time.perf_counter() - begin)
@@ -97,7 +98,7 @@ def run(candidate: Candidate) -> Verdict:
 
 def outcome_of(check: Check, candidate: Candidate) -> Outcome:
     """One check; random numbers are the same for every check and leave the caller's generator alone."""
-    name, claim = getattr(check, "__name__", str(check)), " ".join((check.__doc__ or "").split())
+    name, claim = name_of(check), " ".join((check.__doc__ or "").split())
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -107,3 +108,7 @@ def outcome_of(check: Check, candidate: Candidate) -> Outcome:
     except Exception as error:
         return Outcome(name, claim, error=float("inf"), note=f"{type(error).__name__}: {error}")
     return Outcome(name, claim, measure.error, measure.bound)
+
+
+def name_of(check: Check) -> str:
+    return getattr(check, "__name__", str(check))
