@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("kdcli", deadline=None)  # a busy machine is slow, and that is no mistake
+hypothesis.settings.load_profile("kdcli")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it; here torch may be loaded first

@@ -141,9 +141,9 @@ def test_a_domain_whose_number_is_not_finite_keeps_its_last_one(case: tuple[str,
 
 @case_of(PROBED)
 def test_the_first_probe_must_be_finite_in_every_domain(case: tuple[str, dict[str, Any]]) -> None:
-    one = scheduler(case[0], **case[1])
-    weights = one.initial(SIZES)
-    for field in one.signals - {"trained", "tokens"}:
+    for field in scheduler(case[0], **case[1]).signals - {"trained", "tokens"}:
+        one = scheduler(case[0], **case[1])  # anew, because it remembers what it has read
+        weights = one.initial(SIZES)
         bad = {**PROBES[0], "prose": replace(PROBES[0]["prose"], **{field: math.nan})}
         with pytest.raises(ConfigError, match=rf"{field} of domain prose is nan at its first probe; look at"):
             one.first(weights, bad)
