@@ -35,6 +35,8 @@ class TED(Layered):
     normalizes each layer's output. Only supervised targets count (the official code's squares have padding too).
     """
 
+    needs = Need.HIDDEN | Need.LOGITS  # as composed without settings; an instance's follow `stage`
+
     def __init__(
         self,
         *,
