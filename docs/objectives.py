@@ -157,7 +157,9 @@ def _chunks(objective: Objective) -> Iterator[tuple[Batch, StudentOutput, Teache
     if Need.DISTRIBUTION in objective.needs:
         temperature = getattr(objective, "temperature", 1.0)
         top = (teacher / temperature).log_softmax(-1).topk(3)
-        topk = TopK(ids=top.indices, logprobs=top.values, temperature=temperature)
+        topk = TopK(
+            ids=top.indices, logprobs=top.values, temperature=temperature, sampled=getattr(objective, "draws", False)
+        )
         yield batch, StudentOutput(logits=student), TeacherSignal(topk=topk)
 
 

@@ -161,7 +161,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
 def create(path: Path, identity: Identity, tokenizer: Any, facts: Mapping[str, Any]) -> None:
     """Make an empty store, or nothing where there is one. `facts` are for people. Raises ConfigError."""
     try:
-        (path / FOLDER).mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (path / FOLDER).mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cache.path: {path} cannot be made ({error.strerror}); set a folder you may write") from None
     if (path / "manifest.json").exists():
