@@ -84,12 +84,13 @@ CASES = [
     ("seq2seq", "seq2seq", {"objective": term("contrastive.Contrastive")}, "Contrastive reads states of the whole"),
     (
         "encoder", "encoder", {"objective": term("forward_kl.ForwardKL")},
-        "ForwardKL needs predictions.*such as attention, cka, hidden_cosine",
+        "ForwardKL needs predictions.*such as cka, hidden_cosine, hidden_mse, minilm or rkd",
     ),
     ("seq2seq", "seq2seq:bart", {}, "its tokenizer is not the teacher's"),
     ("classifier", "classifier", {"batch__packing": True}, "rows of student=classifier are not packed"),
     (
-        "seq2seq", "seq2seq", {"student_init": {"_target_": "kdcli.student_init.keep_layers.KeepLayers", "layers": [0]}},
+        "seq2seq", "seq2seq",
+        {"student_init": {"_target_": "kdcli.student_init.keep_layers.KeepLayers", "layers": [0]}},
         "keep_layers does not know which of encoder and decoder",
     ),
     ("encoder", "encoder", {"evaluation": runs.heldout(Path("."))}, "Heldout measures predictions"),
