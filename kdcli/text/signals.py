@@ -14,7 +14,6 @@ from kdcli.store.signals_capture import vocabulary_of
 from kdcli.store.signals_codec import Codec, SampledCodec, TopKCodec
 from kdcli.text.tokenize import tokenizer_fingerprint
 
-
 UNFINISHED = {"shards", "tokenizer"}  # what a process that was killed at once leaves
 
 
