@@ -118,6 +118,7 @@ def _many() -> bool:
 def _quiet() -> None:
     """Silence at their source what tells a user nothing."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it would rather have, when peft imports it
     import transformers
 
     transformers.logging.disable_progress_bar()
