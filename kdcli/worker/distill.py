@@ -162,9 +162,13 @@ def _rows(
 
 
 def _next_command(run_dir: Path, config: Mapping[str, Any]) -> str:
-    """Score the student on the held-out data of the run, or else look at its metrics."""
+    """Score the student on the held-out data of the run, or go on from its states, which have no score."""
+    kind = str(config["student"]["_target_"]).split(".")[-2]
+    option = f"student={kind} " if kind in ("classifier", "seq2seq") else ""
+    if kind == "encoder":
+        return f"kdcli distill student=classifier student.path={run_dir / 'student'} 'student.labels=[…]'"
     for name, node in (config.get("evaluation") or {}).items():
         data = (node or {}).get("data") or {}
         if name == "heldout" and data.get("path"):
-            return f"kdcli evaluate student.path={run_dir} evaluation.heldout.data.path={data['path']}"
-    return f"kdcli evaluate student.path={run_dir} evaluation.heldout.data.path=FILE.jsonl"
+            return f"kdcli evaluate {option}student.path={run_dir} evaluation.heldout.data.path={data['path']}"
+    return f"kdcli evaluate {option}student.path={run_dir} evaluation.heldout.data.path=FILE.jsonl"

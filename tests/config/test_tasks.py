@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,9 @@ def test_rows_that_a_task_cannot_use_are_named_at_once(tmp_path: Path, models: d
     assert "this student reads prompt + response (the label's name)" in found[1]
     data = {"_target_": "kdcli.data.jsonl.Jsonl", "path": str(tmp_path / "data"), "max_bad_fraction": 0.9}
     assert problems(tmp_path, models, "classifier", data=data) == []
+
+
+def test_the_page_says_what_the_check_does() -> None:
+    page = Path(__file__).parents[2] / "docs/encoders"
+    written = page.with_suffix(".md").read_text("utf-8")
+    assert runpy.run_path(str(page.with_suffix(".py")))["page"](written) == written, "run `make docs`"
