@@ -119,7 +119,7 @@ class SegmentWriter:
         plain = [row[name] for name in PLAIN]
         self._digest.update(repr((plain, [len(values) for values in arrays])).encode())
         for values in arrays:
-            self._digest.update(np.ascontiguousarray(values))
+            self._digest.update(values.tobytes())
         self._pending.append(row)
         if len(self._pending) == BLOCK:
             self._flush()

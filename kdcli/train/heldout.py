@@ -109,5 +109,5 @@ def _hash(rows: Sequence[Row]) -> str:
     for row in rows:
         for segment in row.segments:
             digest.update(f"{segment.key} {len(segment)} ".encode())
-            digest.update(segment.ids)
+            digest.update(segment.ids.tobytes())
     return digest.hexdigest()
