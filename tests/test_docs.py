@@ -21,8 +21,10 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_in_order(tmp_path: Path) -> None:
+def test_the_commands_of_the_readme_run_in_order(kdcli, tmp_path: Path) -> None:
+    """The first that trains in a process of its own, the others in this one, which has imported everything."""
     assert len(commands()) > 5
+    alone = [command for command in commands() if " distill " in command][:1]
     for command in commands():
         program, *arguments = shlex.split(command)
         assert program == "kdcli"
@@ -30,10 +32,13 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path: Path) -> None:
             arguments += SHORT
         if arguments[0] == "evaluate":
             arguments += SHORT[1:]
-        done = subprocess.run(
-            [sys.executable, "-m", "kdcli", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        if command in alone:
+            words = [sys.executable, "-m", "kdcli", *arguments]
+            done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        else:
+            result = kdcli(*arguments)
+            assert result.code == 0, f"{command}\n{result.out[-2000:]}\n{result.err[-2000:]}"
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "runs/first/student")

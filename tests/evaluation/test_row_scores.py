@@ -163,7 +163,7 @@ def test_scores_of_one_command_select_the_rows_of_the_next(kdcli) -> None:
     found = lines(Path("scores"))
     assert len(found) == 90
     assert all(abs(line["difference"]) < 0.01 * line["student"] for line in found)  # itself, in bfloat16
-    short = ["run.steps=1", "evaluation.heldout.rows=1", "run.dir=run", "batch.max_length=64"]
+    short = ["run.steps=1", "~evaluation@evaluation.heldout", "run.dir=run", "batch.max_length=64"]
     trained = kdcli(
         "distill", "+recipe=tiny", *short, "data=selected", "data.scores=scores/row_scores.jsonl",
         f"data.data.path={pool}", "data.by=student", "data.order=smallest", "data.keep=0.2", "data.per_domain=true",
