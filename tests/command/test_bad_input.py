@@ -20,7 +20,10 @@ BAD = {
         (*TINY, "+optimiser=x"),
         "optimiser: `kdcli distill` has no such section; did you mean optimizer?",
     ),
-    "number as option": (("distill", "objective=3"), "objective=3: is not the name of an option; there is adaptive_kl, alm"),
+    "number as option": (
+        ("distill", "objective=3"),
+        "objective=3: is not the name of an option; there is adaptive_kl, alm",
+    ),
     "unknown option": ((*TINY, "teacher=hg"), "teacher=hg: the group teacher has no such option; "),
     "unknown term option": ((*TINY, "objective@objective.kd=reverse_lk"), "did you mean reverse_kl?"),
     "unknown term": ((*TINY, "objective@objective.x=cross_entropy"), "write +objective@objective.x="),
