@@ -4,7 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ class Scorer:
     """A subject: one rank of `world_size`. Adding up over ranks is the test's `total`, or this rank's own values."""
 
     tokenizer = TOKENIZER
-    reading: dict = {}
+    reading: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, teacher: Any = None, rank: int = 0, world_size: int = 1, total: Any = None) -> None:
         student = toys.ToyStudent(families.model("llama", seed=1), REAL)

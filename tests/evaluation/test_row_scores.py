@@ -7,7 +7,7 @@ import math
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ class Ranks:
 
 class Subject:
     tokenizer = TOKENIZER
-    reading: dict = {}
+    reading: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, folder: Path, *, ranks: Ranks | None = None, rank: int = 0, teacher: Any = None) -> None:
         student = toys.ToyStudent(families.model("llama", seed=1), REAL)
