@@ -79,12 +79,14 @@ def classify(model: Any, head: nn.Linear, reading: Reading, needs: Need, separat
     also each layer's state of the token that stands for the text: the first, as in BERT, or the last where the head
     reads every token."""
     inputs = _inputs(model, reading, _prompt(reading), separator)
-    with what_reads(head) as seen:
+    with what_reads(model, head) as seen:
         output = model(**inputs, output_hidden_states=Need.HIDDEN in needs)
-    (read,) = seen
+    (found,) = seen
+    read = found.given
     rows = torch.arange(len(read), device=read.device)
     last = reading.last_of_prompt()
     every = read.ndim == 3
+    found.prove(model, output.logits, row=last if every else None)
     place = last if every else torch.zeros_like(last)
     states = output.hidden_states if Need.HIDDEN in needs else None
     at_label = (reading.position >= 0).unsqueeze(-1)
@@ -110,7 +112,7 @@ def write(model: Any, reading: Reading, needs: Need) -> Layers:
     fed = reading.input_ids.gather(1, places)
     fed[:, 0] = decoder_start(model.config)
     head = model.get_output_embeddings()
-    with what_reads(head, empty=True) as seen:
+    with what_reads(model, head, empty=True) as seen:
         output = model(
             input_ids=reading.input_ids[:, :width].masked_fill(~prompt, _padding(model)),
             attention_mask=prompt.long(),
@@ -118,6 +120,7 @@ def write(model: Any, reading: Reading, needs: Need) -> Layers:
             use_cache=False,
             output_hidden_states=Need.HIDDEN in needs,
         )
+    seen[0].prove(model, output.logits, bias=getattr(model, "final_logits_bias", None))
     index = (reading.position - last.unsqueeze(1)).clamp(min=0, max=len(steps) - 1).unsqueeze(-1)
 
     def placed(states: Tensor) -> Tensor:
@@ -127,7 +130,7 @@ def write(model: Any, reading: Reading, needs: Need) -> Layers:
 
     states = output.decoder_hidden_states if Need.HIDDEN in needs else None
     return Layers(
-        hidden=placed(seen[0]), hidden_states=None if states is None else tuple(placed(one) for one in states)
+        hidden=placed(seen[0].given), hidden_states=None if states is None else tuple(placed(one) for one in states)
     )
 
 

@@ -198,6 +198,21 @@ def test_a_new_head_is_the_same_each_time_and_a_damaged_backbone_is_refused(tmp_
         ClassifierTeacher(path=folder(tmp_path / "h", "bert", auto="AutoModelForMaskedLM")).load(CPU)
 
 
+@pytest.mark.parametrize("family", ["bert", "bart"])
+def test_a_model_that_changes_its_last_layers_logits_is_refused(family: str, tmp_path: Path) -> None:
+    """Hidden states and head would say something else than the model."""
+    path = folder(tmp_path / "m", family)
+    student = loaded(ClassifierStudent(path=path) if family == "bert" else Seq2SeqStudent(path=path))
+
+    def capped(module: Any, given: Any, output: Any) -> Any:
+        output.logits = torch.tanh(output.logits)
+        return output
+
+    student.model.register_forward_hook(capped)
+    with pytest.raises(ConfigError, match="its logits are not what its last linear layer makes"):
+        student(batch_of(student, *(labelled(*PROMPTS) if family == "bert" else written("good"))))
+
+
 def written(*responses: str) -> list[Example]:
     return [
         Example(prompt=p, response=r, where=f"x:{i}") for i, (p, r) in enumerate(zip(PROMPTS, responses, strict=False))
