@@ -40,6 +40,9 @@ def problems_in(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
             ]
         if kind == "causal":
             return []
+        if config["verb"] == "cache":
+            why = f"a cache holds what language models say, and student={NAMES[kind]} is none"
+            return [f"student: {why}; distill it with the teacher itself"]
         task = task_of(student, teacher) if teacher is not None else own
     except ConfigError as error:
         return list(error.problems)

@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from kdcli.config import check
+from kdcli.config import check, tasks
 from kdcli.errors import ConfigError
+from kdcli.student.classifier import ClassifierStudent
+from kdcli.teacher.none import NoTeacher
 from tests import runs
 from tests.encoders import LABELS, folder
 
@@ -111,6 +113,12 @@ def test_what_makes_no_sense_is_named_with_a_way_out(
     with pytest.raises(AssertionError, match=says):
         raise AssertionError("; ".join(found))
     assert len(found) == 1
+
+
+def test_a_cache_is_of_language_models(models: dict[str, str]) -> None:
+    student = ClassifierStudent(path=models["classifier"])
+    (one,) = tasks.problems_in({"verb": "cache"}, {"student": student, "teacher": NoTeacher()})
+    assert "a cache holds what language models say, and student=classifier is none" in one
 
 
 def test_labels_agree_by_name_and_order(tmp_path: Path, models: dict[str, str]) -> None:
