@@ -3,9 +3,11 @@
 # ruff: noqa: F401, B018
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import deepspeed
 import deepspeed.runtime.zero.muon.muon_optimizer

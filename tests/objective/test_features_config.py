@@ -25,8 +25,8 @@ def _weightless(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(models, "load_model", refuse)
-    for place in ("teacher", "student"):
-        monkeypatch.setattr(f"kdcli.{place}.hf.load_model", refuse)
+    for place in ("teacher._hf", "student.hf"):
+        monkeypatch.setattr(f"kdcli.{place}.load_model", refuse)
 
 
 @pytest.mark.parametrize("name", ["hidden_mse", "hidden_cosine", "attention", "minilm", "rkd", "cka", "ted"])

@@ -46,7 +46,7 @@ PIECES = [
 TEXT = st.lists(
     st.sampled_from(PIECES) | st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=3), max_size=12
 )
-SAID = TEXT.map(lambda pieces: "".join(pieces).strip()).filter(bool)
+SAID = TEXT.map(lambda pieces: "".join(pieces).strip()).filter(lambda said: any(map(str.isalnum, said)))  # has tokens
 
 
 @cache

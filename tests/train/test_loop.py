@@ -22,7 +22,7 @@ def test_each_step_has_one_line_with_these_metrics(tmp_path):
     assert list(first) == [
         "step", "time", "loss/kd", "loss/total", "lr", "grad_norm", "tokens", "tokens_per_second",
         *(f"domain/{name}/{key}" for name in ("prose", "verse")
-          for key in ("weight", "loss", "prompt_share", "token_share", "gradient_share")),
+          for key in ("weight", "loss", "prompt_share", "token_share", "gradient_share", "epoch")),
     ]  # fmt: skip
     assert first["lr"] == 0.0, "the rate that this step was made with: warm-up begins at zero"
     assert last["lr"] > 0
