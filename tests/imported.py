@@ -1,6 +1,6 @@
 """What a worker of a tiny run imports: done once, by the server that ranks are forked from (tests/distributed.py)."""
 
-# ruff: noqa: F401, B018
+# ruff: noqa: B018, E402, F401
 from __future__ import annotations
 
 import logging
