@@ -284,27 +284,19 @@ class Zero(Engine):
     def load(self, folder: Path) -> None:
         """Raises ConfigError when the shards hold anything but tensors and plain values, or cannot be resharded."""
         saved = json.loads((folder / "engine.json").read_text("utf-8"))
-        try:
+        with _only_data(folder):
             if saved == self._layout():
                 self._engine.load_checkpoint(str(folder.parent), folder.name, load_lr_scheduler_states=False)
                 self._go_on(_reshard.model_state(folder))
             else:
                 log.info("engine: continuing %s with %s", _worded(saved), _worded(self._layout()))
                 self._load_resharded(folder)
-        except pickle.UnpicklingError as error:
-            raise ConfigError(
-                f"{folder}: refused, a file in it could run code: {str(error).splitlines()[0]}"
-            ) from error
 
     def saved(self, folder: Path) -> Mapping[str, Callable[[], Tensor]]:
         _quiet_environment()
         _allow_deepspeed_classes()
-        try:
+        with _only_data(folder):
             return _saved.weights(folder)
-        except pickle.UnpicklingError as error:
-            raise ConfigError(
-                f"{folder}: refused, a file in it could run code: {str(error).splitlines()[0]}"
-            ) from error
 
     def _load_resharded(self, folder: Path) -> None:
         """Through whole tensors in a folder beside the shards, on the same disk, removed afterwards."""
@@ -387,6 +379,15 @@ def _allow_deepspeed_classes() -> None:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+
+
+@contextmanager
+def _only_data(folder: Path) -> Iterator[None]:
+    """Raise ConfigError where a file of a checkpoint holds anything but tensors and plain values."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ConfigError(f"{folder}: refused, a file in it could run code: {str(error).splitlines()[0]}") from error
 
 
 def _worded(layout: Mapping[str, Any]) -> str:

@@ -19,6 +19,8 @@ class TaskStudent(Student):
     """`path`, `tokenizer`, `dtype`, `attention`, `revision`: as in HFStudent. A subclass says which head there is and
     what a pass through the model shows."""
 
+    new_head = False  # whether `path` may name a model with another head: what is left over is not read
+
     def __init__(
         self,
         *,
@@ -50,8 +52,8 @@ class TaskStudent(Student):
     def read(self, reading: Reading, needs: Need) -> Layers:
         """One pass; states are at the student's positions."""
 
-    def loaded(self, path: str) -> Any:
-        """The model of `path`."""
+    def loaded(self, path: str, **settings: Any) -> Any:
+        """The model of `path`; `settings` are of its config."""
         return load_model(
             path,
             dtype=self.dtype,
@@ -59,6 +61,8 @@ class TaskStudent(Student):
             attention=self.attention,
             revision=self.revision,
             auto=self.auto,
+            settings=settings,
+            new_head=self.new_head,
         )
 
     def load_tokenizer(self) -> Any:

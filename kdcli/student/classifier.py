@@ -11,7 +11,7 @@ from kdcli.api import ModelShape, Need, Task
 from kdcli.errors import ConfigError
 from kdcli.ops.head import Head
 from kdcli.store.layers import Layers, shape_of
-from kdcli.store.models import load_config, load_model
+from kdcli.store.models import load_config
 from kdcli.store.placed import Reading, classify
 from kdcli.store.read import last_linear
 from kdcli.store.tasks import labels_in, named_labels, with_labels
@@ -28,6 +28,7 @@ class ClassifierStudent(TaskStudent):
     """
 
     auto = "AutoModelForSequenceClassification"
+    new_head = True
     provides = Need.HIDDEN
 
     def __init__(
@@ -52,19 +53,10 @@ class ClassifierStudent(TaskStudent):
             self.task = Task(kind="classification", labels=labels)
         return self.task
 
-    def loaded(self, path: str) -> Any:
+    def loaded(self, path: str, **settings: Any) -> Any:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return load_model(
-                path,
-                dtype=self.dtype,
-                device=self.device,
-                attention=self.attention,
-                revision=self.revision,
-                auto=self.auto,
-                settings=_names(self._labels()),
-                new_head=True,
-            )
+            return super().loaded(path, **_names(self._labels()), **settings)
 
     def configured(self, config: Any) -> Any:
         return with_labels(config, self._labels())

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from kdcli.api import ModelShape, Need, Task
 from kdcli.ops.head import Head
 from kdcli.store.layers import Layers, provides, shape_of
-from kdcli.store.models import load_model, real_ids
+from kdcli.store.models import real_ids
 from kdcli.store.placed import Reading, encode
 from kdcli.student._task import TaskStudent
 
@@ -21,6 +21,7 @@ class EncoderStudent(TaskStudent):
 
     auto = "AutoModel"
     task = Task(kind="encoding")
+    new_head = True
 
     def __init__(
         self,
@@ -33,17 +34,6 @@ class EncoderStudent(TaskStudent):
     ) -> None:
         super().__init__(path=path, tokenizer=tokenizer, dtype=dtype, attention=attention, revision=revision)
         self.provides = provides(attention)
-
-    def loaded(self, path: str) -> Any:
-        return load_model(
-            path,
-            dtype=self.dtype,
-            device=self.device,
-            attention=self.attention,
-            revision=self.revision,
-            auto=self.auto,
-            new_head=True,
-        )
 
     def head_of(self, model: Any) -> Head:
         """The embedding, which nobody asks for logits."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from kdcli.api import ModelShape, Need, Task
 from kdcli.ops.head import Head
@@ -23,17 +23,6 @@ class Seq2SeqStudent(TaskStudent):
     auto = "AutoModelForSeq2SeqLM"
     task = Task(kind="seq2seq")
     provides = Need.HIDDEN
-
-    def __init__(
-        self,
-        *,
-        path: str | None = None,
-        tokenizer: str | None = None,
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-        attention: str | None = None,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(path=path, tokenizer=tokenizer, dtype=dtype, attention=attention, revision=revision)
 
     def configured(self, config: Any) -> Any:
         config.decoder_start_token_id = decoder_start(config)  # generation asks for it by that name

@@ -66,6 +66,9 @@ class Distiller(nn.Module):
         self.foreign = foreign
         self._teacher = [teacher]
         self.gathered_head = _GatheredHead(student, self.needs, objectives)
+        shape = teacher.shape() if self.needs & OF_IDS and not foreign else None
+        fewer = shape is not None and shape.vocab_size < student.head.vocab_size
+        self._readable = shape.vocab_size if shape is not None and fewer else None  # ids of a teacher that knows fewer
         # As the student begins: a checkpoint is loaded after this, and must not change what it is compared with.
         own = Need.REFERENCE in self.needs & ~teacher.provides
         self._reference = [copy.deepcopy(student).eval().requires_grad_(False) if own else None]
@@ -144,13 +147,12 @@ class Distiller(nn.Module):
 
     def _refuse_unknown(self, batch: Batch) -> None:
         """Raise ConfigError where the teacher is to read an id that only the student has, such as a new token."""
-        shape = None if self.foreign or not self.needs & OF_IDS else self.teacher.shape()
-        if shape is None or self.student.head.vocab_size <= shape.vocab_size:
+        if self._readable is None:
             return
         view = batch.teacher
         ids = [batch.input_ids if view is None else view.input_ids, batch.targets[batch.mask]]
         highest = max(int(one.max()) for one in ids if one.numel())
-        if highest >= shape.vocab_size:
+        if highest >= self._readable:
             tokenizer = getattr(self.student, "tokenizer", None)
             word = f" ({tokenizer.convert_ids_to_tokens(highest)})" if tokenizer is not None else ""
             raise ConfigError(
