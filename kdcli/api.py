@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum, Flag, auto
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypedDict
+from typing import Any, ClassVar, Literal, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from kdcli.ops.head import Head
 OptimizerFactory = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]  # from parameter groups
 Whole = Callable[[Iterable[nn.Parameter]], AbstractContextManager[None]]  # Engine.whole
 ScheduleFactory = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+T = TypeVar("T")
 
 
 class Need(Flag):
@@ -92,7 +93,8 @@ class TokenSettings(Settings, total=False):
 class Example:
     """One JSON line: what `augment` writes and `distill` reads.
 
-    Exactly one of `text`, `messages`, `prompt` + `response`, `prompt` + `chosen` + `rejected` is given.
+    Exactly one of `text`, `messages`, `prompt` + `response`, `prompt` + `chosen` + `rejected` is given; inside an
+    augmentation a prompt may still be without its response.
     """
 
     text: str | None = None
@@ -106,17 +108,19 @@ class Example:
     group: str | None = None
     score: float | None = None
     weight: float = 1.0
-    meta: Mapping[str, Any] = field(default_factory=dict)  # id, source, license, teacher, template, parents
+    meta: Mapping[str, Any] = field(default_factory=dict)  # id, source, license, parents, written, other columns
     where: str = field(default="", compare=False)  # file:line it was read from, for messages; no part of the content
 
     @property
     def kind(self) -> str:
-        """`text`, `messages`, `response` or `preference`: which of the four forms this example has."""
+        """`text`, `messages`, `preference`, `response`, or `prompt` while it has none: which form this example has."""
         if self.text is not None:
             return "text"
         if self.messages is not None:
             return "messages"
-        return "preference" if self.chosen is not None else "response"
+        if self.chosen is not None:
+            return "preference"
+        return "response" if self.response is not None else "prompt"
 
 
 @dataclass(kw_only=True)
@@ -581,17 +585,129 @@ class Data(ABC):
         return {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What a writer is asked once. Equal requests to one writer are one request, and are answered from the store."""
+
+    messages: Sequence[Mapping[str, str]]  # [{"role": "system" | "user" | "assistant", "content": ...}]
+    n: int = 1  # answers wanted
+    seed: int = 0
+    temperature: float | None = None  # None, here and below: as the writer's own settings say
+    max_tokens: int | None = None
+    stop: Sequence[str] = ()
+    form: Mapping[str, Any] | None = None  # {"json": schema} | {"regex": pattern} that a writer holds to if it can
+    rehearsal: str = field(default="", compare=False)  # the answer of a rehearsal; no part of the request
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a writer wrote: the n texts of a request, or why there are none."""
+
+    texts: Sequence[str] = ()
+    finished: Sequence[str] = ()  # of each text: stop, length (cut off at max_tokens) or refusal
+    prompt_tokens: int = 0
+    completion_tokens: int = 0  # of all texts together
+    model: str = ""  # as the server names it
+    date: str = ""  # the day it was written, UTC, such as 2026-11-21
+    failed: str = ""  # a short reason to count by, such as "HTTP 500"; empty if it was answered
+    detail: str = ""  # what happened, in a sentence without the prompt or the answer
+
+
+class Writer(ABC):
+    """A model that writes text. The run asks it through a `Desk`, which stores its answers and counts what they cost.
+
+    `write` is called by up to `concurrency` threads at once, each with up to `batch` requests.
+    """
+
+    concurrency: int = 1
+    batch: int = 1
+    price_prompt: float = 0.0  # of 1e6 prompt tokens, in the currency of budget.max_cost
+    price_completion: float = 0.0  # of 1e6 tokens written
+    license: str | None = None  # of its weights, an SPDX name; None: unknown
+    terms: str | None = None  # the row of the table of terms that holds for its answers; None: by license and endpoint
+
+    @abstractmethod
+    def write(self, requests: Sequence[Request]) -> list[Answer]:
+        """One answer per request, in order. A request that failed for itself gets `Answer(failed=...)`.
+
+        Raises ConfigError where asking on is of no use: no key or a wrong one, an unknown model, a refused address.
+        """
+
+    @abstractmethod
+    def identity(self) -> Mapping[str, Any]:
+        """JSON: all that its answers depend on besides the request: model, revision, endpoint, sampling settings. Never
+        a key. Two writers of equal identity share stored answers."""
+
+    @property
+    @abstractmethod
+    def endpoint(self) -> str:
+        """For provenance: HOST:PORT of a server, or `local`."""
+
+    @property
+    @abstractmethod
+    def model(self) -> str:
+        """For provenance: the model's name."""
+
+    def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
+        """Tokens of a prompt, for plans. Without a tokenizer at hand: a token per 4 bytes, rounded up."""
+        return sum(-(-len(m["content"].encode()) // 4) + 4 for m in messages)
+
+    def close(self) -> None: ...
+
+
+class Desk(Protocol):
+    """What a run gives a step of augmentation: writers that are never asked the same twice, a place for rows that
+    are set aside, seeds, and memory that survives a crash."""
+
+    step: str  # the step's name in the config
+    rehearsal: bool  # a plan is made: writers answer with `Request.rehearsal`, filters keep every row
+    folder: Path  # the step's own, for scratch files; empty when the step begins
+
+    def ask(self, writer: str, questions: Iterable[tuple[T, Request]]) -> Iterator[tuple[T, Answer]]:
+        """Answers in the order of the questions, whatever the concurrency. Questions are read some hundreds ahead."""
+        ...
+
+    def aside(self, example: Example, reason: str, detail: str = "", text: str = "") -> None:
+        """Keep a row out of what follows, with a short reason to count by, a sentence and what was written for it."""
+        ...
+
+    def seed(self, *parts: str | int) -> int:
+        """0 to 2**31 - 1, a hash of run.seed, the step's name and `parts`: draw from it, never from global state."""
+        ...
+
+    def remember(self, kind: str, keys: Sequence[str], compute: Callable[[Sequence[int]], Sequence[Any]]) -> list[Any]:
+        """JSON values by key, of a `kind` that names model and settings; `compute` gets the indices of those that are
+        not stored yet. For what is dear to compute here, such as a local model's scores."""
+        ...
+
+    def provenance(self, writer: str, answer: Answer, template: str) -> dict[str, Any]:
+        """What `meta.written` says of one answer: step, by, teacher, endpoint, date, template (its hash), terms."""
+        ...
+
+
 class Transform(ABC):
-    """A step of augmentation, or a filter."""
+    """A step of augmentation, or a filter: examples in, examples out, in an order that nothing but the input decides.
+
+    Rows pass one at a time or in blocks, never all in memory. Rows of equal `group` stand together, and stay so.
+    """
+
+    version: ClassVar[int] = 1  # raise it when equal input gives other output: stored results are then not used again
+    desk: Desk
 
     @abstractmethod
     def __call__(self, examples: Iterable[Example]) -> Iterator[Example]: ...
 
+    def open(self, desk: Desk) -> None:
+        """Called once, before the first row."""
+        self.desk = desk
 
-class Writer(Protocol):
-    """What an augmentation step asks of a teacher that writes."""
+    def writers(self) -> Sequence[str]:
+        """Names of the section `writer` that it asks."""
+        return ()
 
-    def write(self, prompts: Sequence[str], n: int, seed: int) -> list[list[str]]: ...
+    def fingerprint(self) -> str:
+        """A hash of what its output depends on besides rows and settings: prompts, files, models it reads."""
+        return ""
 
 
 class Subject(Protocol):

@@ -14,6 +14,8 @@ COMPONENTS = {  # section -> the interface in kdcli.api its `_target_` implement
     "student_init": "StudentInit",
     "objective": "Objective",
     "rollout": "Rollout",
+    "augmentation": "Transform",
+    "writer": "Writer",
     "data": "Data",
     "domain_scheduler": "DomainScheduler",
     "evaluation": "Evaluator",
@@ -22,7 +24,7 @@ COMPONENTS = {  # section -> the interface in kdcli.api its `_target_` implement
     "launch": "Launcher",
 }
 THIRD_PARTY = ("optimizer", "lr_schedule")
-TERMS = ("objective", "evaluation", "report")  # mappings: a name you choose -> component
+TERMS = ("objective", "evaluation", "report", "augmentation", "writer")  # mappings: a name you choose -> component
 SECTIONS = {
     "distill": ("run", "batch", "probe", *COMPONENTS, *THIRD_PARTY, "optimize"),
     "evaluate": ("run", "batch", "teacher", "student", "evaluation", "report", "engine", "launch"),

@@ -1,0 +1,144 @@
+"""Prompts as files: Jinja templates, the paper they follow, and how answers are read. See docs/augmentation.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.meta
+import jinja2.sandbox
+import xxhash
+import yaml
+
+from kdcli.api import Example
+from kdcli.errors import ConfigError
+from kdcli.store import paths
+from kdcli.store.examples import BadRow
+from kdcli.text.parse import Parser
+
+ROW = frozenset(f.name for f in fields(Example)) - {"where"}  # names a template may use
+KEYS = ("paper", "system", "turns", "user", "student", "parse", "example")
+
+
+class Prompt:
+    """One prompt file.
+
+    `system`, `user` and the contents of `turns` ([{role, content}] between the two) are Jinja templates over the row's
+    fields and the `extra` names that a step gives; `student` makes the prompt that the student will see of the same
+    (null: the row's own). `parse` says how an answer becomes fields, `example` is an answer as it should be.
+    `where` begins messages. Raises ConfigError naming file and key.
+    """
+
+    def __init__(self, content: Mapping[str, Any], *, name: str, where: str, extra: Iterable[str] = ()) -> None:
+        self.name, self.where = name, where
+        self.content = dict(content)
+        self.allowed = ROW | set(extra)
+        if unknown := [key for key in content if key not in KEYS]:
+            raise ConfigError(f"{where}: {name} has no key {unknown[0]}; the keys are {', '.join(KEYS)}")
+        if missing := [key for key in ("paper", "user", "parse", "example") if not content.get(key)]:
+            raise ConfigError(f"{where}: {name} lacks {', '.join(missing)}")
+        self.paper = str(content["paper"])
+        self.parser = Parser(content["parse"], where=f"{where}: {name}: parse")
+        self.example = str(content["example"])
+        self.parser(self.example)  # raises BadRow: an example that does not parse is a broken file
+        turns = content.get("turns") or []
+        parts = [("system", content["system"])] if content.get("system") else []
+        parts += [(turn["role"], turn["content"]) for turn in turns]
+        parts.append(("user", content["user"]))
+        self._parts = [(role, self._template(source)) for role, source in parts]
+        self._student = self._template(content["student"]) if content.get("student") else None
+
+    @classmethod
+    def load(cls, name: str, *, where: str, extra: Iterable[str] = ()) -> Prompt:
+        """A prompt by its name (`label/answer`, in ./configs/prompt or the packaged ones) or by the path of a file."""
+        file = find(name, where)
+        try:
+            content = yaml.safe_load(file.read_text("utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{where}: {file} cannot be read ({' '.join(str(error).split())[:200]})") from None
+        if not isinstance(content, dict):
+            raise ConfigError(f"{where}: {file} is no mapping of {', '.join(KEYS)}")
+        try:
+            return cls(content, name=name, where=where, extra=extra)
+        except BadRow as error:
+            raise ConfigError(f"{where}: {name}: its example does not parse: {error}") from None
+
+    @cached_property
+    def hash(self) -> str:
+        """Of the content: equal templates and parsers, equal hash."""
+        return xxhash.xxh3_128_hexdigest(json.dumps(self.content, sort_keys=True, ensure_ascii=False).encode())
+
+    def messages(self, example: Example, **extra: Any) -> list[dict[str, str]]:
+        """The chat that asks about `example`. Raises BadRow where the row lacks a field that the template names."""
+        values = variables(example) | extra
+        return [{"role": role, "content": self._rendered(part, values).strip()} for role, part in self._parts]
+
+    def for_student(self, example: Example, **extra: Any) -> str | None:
+        """The prompt that the student will see, or None for the row's own."""
+        return None if self._student is None else self._rendered(self._student, variables(example) | extra).strip()
+
+    def _template(self, source: Any) -> jinja2.Template:
+        try:
+            tree = ENVIRONMENT.parse(str(source))
+            unknown = jinja2.meta.find_undeclared_variables(tree) - self.allowed
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"{self.where}: {self.name}: line {error.lineno}: {error.message}") from None
+        if unknown:
+            raise ConfigError(
+                f"{self.where}: {self.name} names {', '.join(sorted(unknown))}, which no row has; other columns of the "
+                f"data are meta.NAME, and there are {', '.join(sorted(self.allowed))}"
+            )
+        return ENVIRONMENT.from_string(str(source))
+
+    def _rendered(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
+        return rendered(template, values, self.name)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Templates are data: they see values and cannot reach Python."""
+
+
+ENVIRONMENT = _Sandbox(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+
+
+def rendered(template: jinja2.Template, values: Mapping[str, Any], name: str) -> str:
+    """A template over values. Raises BadRow where a value is missing, or the sandbox refuses."""
+    try:
+        return template.render(values)
+    except jinja2.UndefinedError as error:
+        raise BadRow("lacks a field", f"{name}: {error.message}") from None
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise BadRow("template failed", f"{name}: {type(error).__name__}: {error}") from None
+
+
+def variables(example: Example) -> dict[str, Any]:
+    """What templates see of a row: the fields that it has."""
+    return {name: value for name in ROW if (value := getattr(example, name)) is not None}
+
+
+def find(name: str, where: str) -> Path:
+    """The file of a prompt. Raises ConfigError that lists what there is."""
+    if name.endswith((".yaml", ".yml")):
+        return paths.resolve(name)
+    for root in folders():
+        file = (root / f"{name}.yaml").resolve()
+        if file.is_file() and file.is_relative_to(root.resolve()):
+            return file
+    near = [one for one in names() if one.split("/")[0] == name.split("/")[0]] or names()
+    raise ConfigError(f"{where}: there is no prompt {name}; there are {', '.join(near)}, or give the path of a file")
+
+
+def folders() -> Sequence[Path]:
+    """Where prompts lie, the user's own first."""
+    return Path("configs/prompt"), paths.configs() / "prompt"
+
+
+def names() -> list[str]:
+    """All prompts by name."""
+    found = {f.relative_to(root).with_suffix("").as_posix() for root in folders() for f in root.rglob("*.yaml")}
+    return sorted(found)

@@ -1,0 +1,1 @@
+"""Models that write text for augmentation. One module per option of configs/writer."""
