@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jinja2
 import jinja2.meta
@@ -22,6 +22,7 @@ from kdcli.store.examples import BadRow
 from kdcli.text.parse import Parser
 
 ROW = frozenset(f.name for f in fields(Example)) - {"where"}  # names a template may use
+T = TypeVar("T")
 KEYS = ("paper", "system", "turns", "user", "student", "parse", "example")
 
 
@@ -83,17 +84,7 @@ class Prompt:
         return None if self._student is None else self._rendered(self._student, variables(example) | extra).strip()
 
     def _template(self, source: Any) -> jinja2.Template:
-        try:
-            tree = ENVIRONMENT.parse(str(source))
-            unknown = jinja2.meta.find_undeclared_variables(tree) - self.allowed
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(f"{self.where}: {self.name}: line {error.lineno}: {error.message}") from None
-        if unknown:
-            raise ConfigError(
-                f"{self.where}: {self.name} names {', '.join(sorted(unknown))}, which no row has; other columns of the "
-                f"data are meta.NAME, and there are {', '.join(sorted(self.allowed))}"
-            )
-        return ENVIRONMENT.from_string(str(source))
+        return template(source, where=f"{self.where}: {self.name}", names=self.allowed)
 
     def _rendered(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
         return rendered(template, values, self.name)
@@ -106,10 +97,58 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 ENVIRONMENT = _Sandbox(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
 
 
+def template(source: Any, *, where: str, names: Collection[str] = ROW) -> jinja2.Template:
+    """A Jinja template over `names`. Raises ConfigError for broken syntax, and for a name that is not among them."""
+    try:
+        _check_names(ENVIRONMENT.parse(str(source)), names, where)
+        return ENVIRONMENT.from_string(str(source))
+    except jinja2.TemplateSyntaxError as error:
+        raise ConfigError(f"{where}: line {error.lineno}: {error.message}") from None
+
+
+class Expression:
+    """A Jinja expression over `names`, such as `score >= 4 and meta.correct is defined`. Raises ConfigError for broken
+    syntax, and for a name that is not among them."""
+
+    def __init__(self, source: Any, *, where: str, names: Collection[str] = ROW) -> None:
+        self.source, self.where = str(source), where
+        try:
+            _check_names(ENVIRONMENT.parse(f"{{{{ {self.source} }}}}"), names, where)
+            self._value = ENVIRONMENT.compile_expression(self.source, undefined_to_none=False)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"{where}: {self.source!r} is no expression: {error.message}") from None
+
+    def __call__(self, values: Mapping[str, Any]) -> Any:
+        """Its value. Raises BadRow where `values` lacks what it names (`meta.X is defined` asks first)."""
+        return _guarded(lambda: self._known(self._value(values)), self.where)
+
+    def holds(self, values: Mapping[str, Any]) -> bool:
+        """Whether it is true of `values`. Raises BadRow like a call."""
+        return bool(self(values))
+
+    @staticmethod
+    def _known(value: Any) -> Any:
+        if isinstance(value, jinja2.Undefined):
+            bool(value)  # a strict one raises UndefinedError, which names what is missing
+        return value
+
+
+def _check_names(tree: Any, names: Collection[str], where: str) -> None:
+    if unknown := sorted(jinja2.meta.find_undeclared_variables(tree) - set(names) - ENVIRONMENT.globals.keys()):
+        raise ConfigError(
+            f"{where} names {', '.join(unknown)}, which no row has; other columns of the data are meta.NAME, and there "
+            f"are {', '.join(sorted(names))}"
+        )
+
+
 def rendered(template: jinja2.Template, values: Mapping[str, Any], name: str) -> str:
     """A template over values. Raises BadRow where a value is missing, or the sandbox refuses."""
+    return _guarded(lambda: template.render(values), name)
+
+
+def _guarded(make: Callable[[], T], name: str) -> T:
     try:
-        return template.render(values)
+        return make()
     except jinja2.UndefinedError as error:
         raise BadRow("lacks a field", f"{name}: {error.message}") from None
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
