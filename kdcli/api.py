@@ -576,6 +576,11 @@ class Data(ABC):
     def domains(self) -> dict[str, Iterable[Example]]:
         """Domain name -> examples, re-iterable, in a fixed order. Raises ConfigError naming file and line."""
 
+    def seeds(self) -> dict[str, Iterable[Example]]:
+        """The same for an augmentation, which may begin with rows that are unfinished: a prompt without its response,
+        a chat that ends with the user, a document or topic in `meta`. By default `domains`, which refuses them."""
+        return self.domains()
+
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash of the content: equal content, equal fingerprint, wherever it lies."""

@@ -51,13 +51,19 @@ class Hub(Data):
         self._bad = BadRows(max_bad_fraction)
 
     def domains(self) -> dict[str, Iterable[Example]]:
+        return self._rows(unfinished=False)
+
+    def seeds(self) -> dict[str, Iterable[Example]]:
+        return self._rows(unfinished=True)
+
+    def _rows(self, *, unfinished: bool) -> dict[str, Iterable[Example]]:
         self._bad.reasons.clear()
         own = self.domain or Path(self.path).name.split(".")[0]
         column = self.columns.get("domain", "domain")
         named = self.domain is None and column in self._table.column_names
         names = [str(name or own) for name in self._table.unique(column)] if named else [own]
         check_domains(names, self.path)
-        return {name: _Rows(name, own, self) for name in dict.fromkeys(names)}
+        return {name: _Rows(name, own, self, unfinished) for name in dict.fromkeys(names)}
 
     def fingerprint(self) -> str:
         settings = (
@@ -109,6 +115,7 @@ class _Rows:
     name: str
     own: str
     data: Hub
+    unfinished: bool
 
     def __length_hint__(self) -> int:
         rows = len(self.data._table)
@@ -122,7 +129,14 @@ class _Rows:
             bad.rows += 1
             where = f"{source}:{number}"
             try:
-                example = parse_example(row, where=where, domain=self.own, columns=data.columns, first=number == 0)
+                example = parse_example(
+                    row,
+                    where=where,
+                    domain=self.own,
+                    columns=data.columns,
+                    first=number == 0,
+                    unfinished=self.unfinished,
+                )
             except BadRow as error:
                 bad.add(where, error)
                 continue

@@ -42,8 +42,14 @@ class Jsonl(Data):
         self._bad = BadRows(max_bad_fraction)
 
     def domains(self) -> dict[str, Iterable[Example]]:
+        return self._rows(unfinished=False)
+
+    def seeds(self) -> dict[str, Iterable[Example]]:
+        return self._rows(unfinished=True)
+
+    def _rows(self, *, unfinished: bool) -> dict[str, Iterable[Example]]:
         self._bad.reasons.clear()
-        return {name: _Rows(name, files, self, self._bad) for name, files in self._files().items()}
+        return {name: _Rows(name, files, self, self._bad, unfinished) for name, files in self._files().items()}
 
     def fingerprint(self) -> str:
         content = [
@@ -56,6 +62,10 @@ class Jsonl(Data):
 
     def bad_rows(self) -> dict[str, str]:
         return dict(self._bad.reasons)
+
+    def files(self) -> list[Path]:
+        """All files that are read, each once."""
+        return list(dict.fromkeys(file for files in self._files().values() for file in files))
 
     @property
     def _domain_column(self) -> str:
@@ -83,6 +93,7 @@ class _Rows:
     files: Mapping[Path, int]
     data: Jsonl
     bad: BadRows
+    unfinished: bool
 
     def __length_hint__(self) -> int:
         rows = sum(self.files.values())
@@ -91,7 +102,9 @@ class _Rows:
     def __iter__(self) -> Iterator[Example]:
         left = self.data.limit
         for file in self.files:
-            for example in read_examples(file, domain=name_of(file), columns=self.data.columns, bad=self.bad):
+            for example in read_examples(
+                file, domain=name_of(file), columns=self.data.columns, bad=self.bad, unfinished=self.unfinished
+            ):
                 if self.data.domain is None and example.domain != self.name:
                     continue
                 yield replace(example, domain=self.name)

@@ -29,6 +29,9 @@ class Mixture(Data):
     def domains(self) -> dict[str, Iterable[Example]]:
         return {name: _Rows(name, source.domains()) for name, source in self.sources.items()}
 
+    def seeds(self) -> dict[str, Iterable[Example]]:
+        return {name: _Rows(name, source.seeds()) for name, source in self.sources.items()}
+
     def fingerprint(self) -> str:
         return xxhash.xxh3_128_hexdigest(
             repr([(name, source.fingerprint()) for name, source in self.sources.items()]).encode()

@@ -15,6 +15,7 @@ import xxhash
 
 from kdcli.api import Example
 from kdcli.errors import ConfigError, DataError, KDError
+from kdcli.store import atomic
 
 log = logging.getLogger(__name__)
 
@@ -82,18 +83,27 @@ class BadRows:
 
 
 def read_examples(
-    path: Path, *, domain: str, columns: Mapping[str, str] | None = None, bad: BadRows | None = None
+    path: Path,
+    *,
+    domain: str,
+    columns: Mapping[str, str] | None = None,
+    bad: BadRows | None = None,
+    unfinished: bool = False,
 ) -> Iterator[Example]:
     """The examples of a JSONL file in order; a row that names no domain gets `domain`.
 
-    `columns` maps our fields to the file's. Raises ConfigError or DataError as `bad` says (default: no row may be bad).
+    `columns` maps our fields to the file's; `unfinished` reads what an augmentation begins with, see `parse_example`.
+    Raises ConfigError or DataError as `bad` says (default: no row may be bad).
     """
     bad = BadRows() if bad is None else bad
     bad.open(str(path))
     for where, line in read_lines(path):
         bad.rows += 1
         try:
-            yield parse_example(parse_line(line), where=where, domain=domain, columns=columns, first=bad.rows == 1)
+            row = parse_line(line)
+            yield parse_example(
+                row, where=where, domain=domain, columns=columns, first=bad.rows == 1, unfinished=unfinished
+            )
         except BadRow as error:
             bad.add(where, error)
     bad.close()
@@ -143,19 +153,22 @@ def parse_example(
     domain: str = "default",
     columns: Mapping[str, str] | None = None,
     first: bool = False,
+    unfinished: bool = False,
 ) -> Example:
     """One row as an Example; fields we do not know go to `meta`, null counts as absent.
 
-    Raises BadRow, or ConfigError when the `first` row of a source lacks a column that `columns` names.
+    `unfinished`: a prompt may lack its response, a chat its last answer, and a row of other columns (a topic, a
+    document) all content, as augmentation begins with them. Raises BadRow, or ConfigError when the `first` row of a
+    source lacks a column that `columns` names.
     """
     row = _rename(row, columns or {}, where, first)
     row = {key: value for key, value in row.items() if value is not None}
-    _check_form(row)
+    _check_form(row, unfinished)
     for name in ("text", "prompt", "response", "chosen", "rejected", "teacher_prompt"):
         if name in row:
             _check_text(row[name], name, may_be_blank=name in ("prompt", "teacher_prompt"))
     if "messages" in row:
-        _check_messages(row["messages"])
+        _check_messages(row["messages"], unfinished)
     meta = row.get("meta", {})
     if not isinstance(meta, Mapping):
         raise BadRow("wrong type", f"meta must be an object, not {_kind(meta)}")
@@ -168,6 +181,37 @@ def parse_example(
         meta={**{key: value for key, value in row.items() if key not in FIELDS}, **meta},
         where=where,
     )
+
+
+def dump_example(example: Example) -> bytes:
+    """One JSON line, with its newline: the fields that say something, in a fixed order. `where` is not written.
+
+    Raises KDError where `meta` holds what JSON cannot.
+    """
+    row: dict[str, Any] = {name: value for name in FIELDS if (value := getattr(example, name)) is not None}
+    if not row["meta"]:
+        del row["meta"]
+    if row["weight"] == 1.0:
+        del row["weight"]
+    try:
+        text = json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(", ", ": "))
+    except (TypeError, ValueError):  # a number that is not finite, or what another format brought
+        try:
+            text = json.dumps(atomic.json_safe(row), ensure_ascii=False, default=str)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise KDError(f"{example.where or 'a row'}: cannot be written as JSON ({error})") from error
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:  # half a character, which JSON can only say in ASCII
+        return json.dumps(json.loads(text)).encode() + b"\n"
+
+
+def load_example(line: bytes, *, where: str = "") -> Example:
+    """What `dump_example` wrote, unchecked. Raises BadRow where it is no such line."""
+    try:
+        return Example(**json.loads(line), where=where)
+    except (TypeError, ValueError) as error:
+        raise BadRow("foreign row", f"{where}: is no row that kdcli wrote ({error})") from None
 
 
 def content_key(example: Example) -> str:
@@ -198,8 +242,10 @@ def _no_column(name: str, row: Mapping[str, Any]) -> str:
     return f"there is no column {name}; the columns are {', '.join(row) or 'none'}{hint}"
 
 
-def _check_form(row: Mapping[str, Any]) -> None:
+def _check_form(row: Mapping[str, Any], unfinished: bool = False) -> None:
     forms = [form for form in FORMS if form in row]
+    if unfinished and not forms and ("prompt" in row or _has_other_columns(row)):
+        return
     if not forms and "prompt" in row:
         raise BadRow("no response", "the row has a prompt and no response; add `response`, or `chosen` and `rejected`")
     if not forms:
@@ -213,6 +259,11 @@ def _check_form(row: Mapping[str, Any]) -> None:
         raise BadRow("ambiguous", f"the row has both {forms[0]} and {both[0]}; keep one, or say which with {choice}")
     if "teacher_prompt" in row and "prompt" not in row:
         raise BadRow("teacher_prompt", NO_PROMPT)
+
+
+def _has_other_columns(row: Mapping[str, Any]) -> bool:
+    """Whether a row without content says anything at all, and none of it under the name of half a form."""
+    return not any(name in row for name in CONTENT) and bool(row.get("meta") or set(row) - set(FIELDS))
 
 
 def _no_content(row: Mapping[str, Any]) -> str:
@@ -239,7 +290,7 @@ def _check_text(value: Any, name: str, may_be_blank: bool = False) -> None:
         raise BadRow("lone surrogate", f"{name} has half a character (a lone surrogate) at {error.start + 1}") from None
 
 
-def _check_messages(messages: Any) -> None:
+def _check_messages(messages: Any, unfinished: bool = False) -> None:
     if not isinstance(messages, list) or not messages:
         raise BadRow("wrong type", f'messages must be a list of {{"role", "content"}}, not {_kind(messages)}')
     for number, message in enumerate(messages):
@@ -248,7 +299,7 @@ def _check_messages(messages: Any) -> None:
             raise BadRow("wrong type", f'{name} must be an object with "role" and "content"')
         for key, value in message.items():
             _check_text(value, f"{name}.{key}", may_be_blank=message["role"] != "assistant" and key == "content")
-    if all(message["role"] != "assistant" for message in messages):
+    if not unfinished and all(message["role"] != "assistant" for message in messages):
         raise BadRow("no response", "messages have no turn with role assistant, so there is nothing to learn")
 
 
