@@ -6,20 +6,20 @@ is the question done. So a page of HTML, nonsense or a cut answer is a failure l
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
-import ssl
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
+from urllib.parse import quote, urlsplit
 
-import httpx2
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -27,13 +27,13 @@ from tenacity import (
     sleep_using_event,
     stop_after_attempt,
     stop_any,
-    stop_before_delay,
     stop_when_event_set,
     wait_random_exponential,
 )
 
 from kdcli.errors import ConfigError, KDError
 from kdcli.store.address import Server, read_key, require_name
+from kdcli.store.connections import Connections, Reply, TooLongError
 from kdcli.store.fault import fault
 from kdcli.store.log import redact
 
@@ -41,20 +41,31 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-AGAIN = {408, 425, 429, 500, 502, 503, 504}  # may be otherwise the next time
+AGAIN = {408, 425, 429} | (set(range(500, 600)) - {501, 505})  # may be otherwise the next time
 LONGEST_PAUSE = 60.0  # seconds between two tries, unless the server asks for more
 SHOWN = 300  # characters of a server's own words in a message
 
 
-class BadAnswerError(KDError):
+class UnansweredError(KDError):
+    """No usable answer after the last try. `short`: a reason to count by."""
+
+    def __init__(self, message: str, short: str = "no answer") -> None:
+        super().__init__(message)
+        self.short = short
+
+
+class BadAnswerError(UnansweredError):
     """The server answered, but not what was asked for; it may do so the next time."""
 
+    def __init__(self, message: str, short: str = "unusable answer") -> None:
+        super().__init__(message, short)
 
-class _TryAgainError(KDError):
+
+class _TryAgainError(UnansweredError):
     """A failure that may pass. `after`: seconds that the server asks to wait."""
 
-    def __init__(self, message: str, after: float | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, short: str, after: float | None = None) -> None:
+        super().__init__(message, short)
         self.after = after
 
 
@@ -72,7 +83,8 @@ class Question:
 
     path: str
     body: Any
-    max_bytes: int  # of the answer, decompressed
+    max_bytes: int  # of the answer
+    headers: Mapping[str, str] = field(default_factory=dict)  # besides the usual ones
 
 
 class Client:
@@ -80,9 +92,8 @@ class Client:
 
     `timeout`: seconds for one answer. A question is asked up to 1 + `retries` times within `deadline` seconds, with
     random pauses that double (up to a minute), or as long as Retry-After says. `api_key_env` names the variable that
-    holds a key, which is read when it is used and goes to this server alone. Redirects are not followed, and proxies
-    and certificates that variables name for other programs are not used (but SSL_CERT_FILE is OpenSSL's own).
-    `where` begins messages.
+    holds a key, which is read when it is used and goes to this server alone, in `key_header`. What else is guarded,
+    `Connections` says. `where` begins messages.
     """
 
     def __init__(
@@ -96,6 +107,7 @@ class Client:
         retries: int = 8,
         deadline: float = 300.0,
         where: str = "teacher",
+        key_header: str = "Authorization",
     ) -> None:
         for name, value, least in (("concurrency", concurrency, 1), ("retries", retries, 0)):
             if value < least:
@@ -112,8 +124,12 @@ class Client:
         self.retries = retries
         self.deadline = deadline
         self.where = where
-        self._client: httpx2.Client | None = None
-        self._lock = threading.Lock()
+        self.key_header = key_header
+        self._connections = Connections(self.server, kept=concurrency)
+        self._path = quote(urlsplit(self.server.url).path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
+        self._host = (
+            urlsplit(self.server.url).netloc.encode("idna" if not self.server.url.isascii() else "ascii").decode()
+        )
 
     def ask(
         self,
@@ -130,24 +146,39 @@ class Client:
         """
         begun = time.monotonic()
         tries = 1 + (self.retries if retries is None else retries)
+        try:
+            return self._once(question, read, begun)
+        except UnansweredError as error:
+            first = [error]
         given_up = given_up or threading.Event()
-        trying = Retrying(
-            stop=stop_any(stop_after_attempt(tries), stop_before_delay(self.deadline), stop_when_event_set(given_up)),
+
+        def late(state: RetryCallState) -> bool:
+            return time.monotonic() - begun + state.upcoming_sleep >= self.deadline
+
+        trying = Retrying(  # costs as much as an exchange, so only what failed meets it
+            stop=stop_any(stop_after_attempt(tries), late, stop_when_event_set(given_up)),
             wait=_pause,
             sleep=sleep_using_event(given_up),
-            retry=retry_if_exception_type((_TryAgainError, BadAnswerError)),
+            retry=retry_if_exception_type(UnansweredError),
             before_sleep=lambda state: self._tell(state, tries),
             reraise=True,
         )
+
+        def again() -> T:
+            if first:
+                raise first.pop()
+            return self._once(question, read, begun)
+
         try:
-            return trying(self._once, question, read, begun)
-        except (_TryAgainError, BadAnswerError) as error:
+            return trying(again)
+        except UnansweredError as error:
             asked = trying.statistics.get("attempt_number", 1)
-            kind = BadAnswerError if isinstance(error, BadAnswerError) else KDError
+            kind = BadAnswerError if isinstance(error, BadAnswerError) else UnansweredError
             raise kind(
                 f"{self.where}: {self.server.name} gave no usable answer in {asked} {'try' if asked == 1 else 'tries'} "
                 f"and {time.monotonic() - begun:.0f} s: {error}; see to the server, then go on from the last "
-                f"checkpoint with kdcli resume (or raise {self.where}.retries or {self.where}.deadline)"
+                f"checkpoint with kdcli resume (or raise {self.where}.retries or {self.where}.deadline)",
+                error.short,
             ) from error
 
     def ask_all(self, questions: Sequence[tuple[Question, Callable[[Any], T]]]) -> list[T]:
@@ -168,82 +199,62 @@ class Client:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
-        with self._lock:
-            if self._client is not None:
-                self._client.close()
-                self._client = None
+        self._connections.close()
 
     def _once(self, question: Question, read: Callable[[Any], T], begun: float) -> T:
         fault("teacher.request")
         left = max(0.001, min(self.timeout, self.deadline - (time.monotonic() - begun)))
+        path, headers, body = self._request(question)
         try:
-            status, headers, content = self._exchange(question, left)
-        except (httpx2.TransportError, httpx2.DecodingError, OSError) as error:
-            raise _TryAgainError(self._unreachable(error, left)) from error
-        said = self._words(content)
+            reply = self._connections.post(path, headers, body, seconds=left, max_bytes=question.max_bytes)
+        except TooLongError as error:
+            raise BadAnswerError(f"{error}, far more than was asked", "answer too long") from error
+        except (http.client.HTTPException, OSError) as error:
+            raise self._unreachable(error, left) from error
+        self._judge(question, reply)
+        try:
+            answer = json.loads(reply.content)
+        except ValueError as error:
+            kind = reply.headers.get("content-type", "no content type").split(";")[0][:40]
+            raise BadAnswerError(
+                f"HTTP {reply.status} with {len(reply.content):,} bytes of {kind} that are no JSON", "no JSON"
+            ) from error
+        return read(answer)
+
+    def _judge(self, question: Question, reply: Reply) -> None:
+        """Raise unless the server did what was asked."""
+        status = reply.status
+        if status < 300 and reply.headers.get("content-encoding", "identity") != "identity":
+            raise BadAnswerError("an answer that is compressed, which was not asked for")
+        if status < 300:
+            return
+        said = self._words(reply.content)
         if status in AGAIN:
-            raise _TryAgainError(f"HTTP {status}{said and f' ({said})'}", _retry_after(headers))
-        if 300 <= status < 400:
+            told = f"HTTP {status}{said and f' ({said})'}"
+            raise _TryAgainError(told, f"HTTP {status}", _retry_after(reply.headers))
+        if status < 400:
             raise RefusedError(
                 f"{self.where}.url: {self.server.name} redirects (HTTP {status}), which is not followed, since prompts "
                 "and keys would go elsewhere; give the URL of the server itself",
                 status,
                 said,
             )
-        if status >= 400:
-            raise RefusedError(self._no(status, question.path, said), status, said)
-        try:
-            answer = json.loads(content)
-        except ValueError as error:
-            kind = headers.get("content-type", "no content type").split(";")[0][:40]
-            raise BadAnswerError(f"HTTP {status} with {len(content):,} bytes of {kind} that are no JSON") from error
-        return read(answer)
+        raise RefusedError(self._no(status, question.path, said), status, said)
 
-    def _exchange(self, question: Question, seconds: float) -> tuple[int, httpx2.Headers, bytes]:
-        """Status, headers and body of one try, which ends after `seconds` however slowly bytes drip in."""
-        end = time.monotonic() + seconds
-        with self._opened().stream(**self._request(question), timeout=httpx2.Timeout(seconds)) as response:
-            kept = bytearray()
-            for part in response.iter_bytes():
-                kept += part
-                if len(kept) > question.max_bytes:
-                    raise BadAnswerError(
-                        f"an answer of more than {question.max_bytes:,} bytes, far more than was asked"
-                    )
-                if time.monotonic() > end:
-                    raise httpx2.ReadTimeout("the answer was not complete in time")
-            return response.status_code, response.headers, bytes(kept)
-
-    def _request(self, question: Question) -> dict[str, Any]:
-        """The address is resolved and checked now and connected to as a number, so what was checked is what is asked;
-        certificates are still those of the name."""
-        server = self.server
-        address = server.resolve()
-        url = httpx2.URL(server.url)
-        base = "" if question.path.startswith("//") else url.path.rstrip("/")
+    def _request(self, question: Question) -> tuple[str, dict[str, str], bytes]:
+        """Path, headers and body."""
         headers = {
-            "Host": url.netloc.decode("ascii"),
+            "Host": self._host,
             "Content-Type": "application/json",
             "Accept": "application/json",
+            "Accept-Encoding": "identity",
+            **question.headers,
         }
         if self.api_key_env:
-            headers["Authorization"] = f"Bearer {read_key(self.api_key_env, server, f'{self.where}.api_key_env')}"
-        return {
-            "method": "POST",
-            "url": url.copy_with(host=address, path=base + "/" + question.path.lstrip("/")),
-            "headers": headers,
-            "content": json.dumps(question.body).encode(),
-            "extensions": {"sni_hostname": server.host},
-        }
-
-    def _opened(self) -> httpx2.Client:
-        with self._lock:
-            if self._client is None:
-                limits = httpx2.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
-                self._client = httpx2.Client(
-                    verify=ssl.create_default_context(), limits=limits, follow_redirects=False, trust_env=False
-                )
-            return self._client
+            key = read_key(self.api_key_env, self.server, f"{self.where}.api_key_env")
+            headers[self.key_header] = f"Bearer {key}" if self.key_header == "Authorization" else key
+        base = "" if question.path.startswith("//") else self._path
+        return base + "/" + question.path.lstrip("/"), headers, json.dumps(question.body).encode()
 
     def _tell(self, state: RetryCallState, tries: int) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -257,11 +268,16 @@ class Client:
             tries,
         )
 
-    def _unreachable(self, error: Exception, seconds: float) -> str:
-        if isinstance(error, httpx2.TimeoutException):
-            return f"no complete answer in {seconds:.1f} s (raise {self.where}.timeout for a slow server)"
-        reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
-        return f"no answer ({self._clean(reason)}); is the server running, and is {self.where}.url right?"
+    def _unreachable(self, error: Exception, seconds: float) -> _TryAgainError:
+        if isinstance(error, TimeoutError):
+            told = f"no complete answer in {seconds:.1f} s (raise {self.where}.timeout for a slow server)"
+            return _TryAgainError(told, "timeout")
+        if isinstance(error, http.client.IncompleteRead):
+            return _TryAgainError("the connection was cut in the middle of an answer", "connection cut")
+        said = " ".join(str(error).split())[:SHOWN] if isinstance(error, OSError) else ""  # others quote what came
+        reason = self._clean(said or type(error).__name__)
+        told = f"no answer ({reason}); is the server running, and is {self.where}.url right?"
+        return _TryAgainError(told, "no connection" if isinstance(error, OSError) else "no HTTP")
 
     def _no(self, status: int, path: str, said: str) -> str:
         told = f"{self.where}: {self.server.name} refuses /{path.lstrip('/')} with HTTP {status}{said and f' ({said})'}"
@@ -298,7 +314,7 @@ def _pause(state: RetryCallState) -> float:
     return max(asked, 0.0) if asked is not None else _random(state)
 
 
-def _retry_after(headers: httpx2.Headers) -> float | None:
+def _retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds of a Retry-After header, which holds a number or a date; None without a sensible one."""
     value = headers.get("retry-after", "").strip()
     if not value:
