@@ -1,0 +1,365 @@
+"""Rows through steps: each step reads the rows of the one before and is done once, whatever stops the run."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import length_hint
+from pathlib import Path
+from typing import Any
+
+from kdcli.api import Data, Example, Transform, Writer
+from kdcli.errors import ConfigError, Interrupted
+from kdcli.pipeline.budget import NO_LIMIT, Budget, Meter
+from kdcli.pipeline.commits import (
+    ASIDE,
+    COMMIT,
+    ROWS,
+    Commit,
+    Lines,
+    Quality,
+    aside_line,
+    hashed,
+    join,
+    read_rows,
+    run_id,
+)
+from kdcli.pipeline.desk import Counts, RunDesk
+from kdcli.pipeline.office import Office
+from kdcli.pipeline.plan import Plan, Rehearsal
+from kdcli.pipeline.progress import Outcome, Progress, StepOutcome
+from kdcli.store import atomic
+from kdcli.store.examples import dump_example
+from kdcli.store.fault import fault
+from kdcli.store.responses import Account, Responses, Spent
+from kdcli.store.terms import terms_of
+
+STEPS, SCRATCH = "steps", "scratch"
+BEAT = 0.5  # seconds between two reports
+PATIENCE = 30.0  # seconds that calls under way may take when a run is stopped; later ones are asked again
+
+
+class Pipeline:
+    """`steps` over the seeds of `data`, in `folder`; see docs/augmentation.md for its files.
+
+    `settings` are the steps' config nodes, `answers` the file of the store, which runs may share. The result depends
+    on data, steps, settings, writers and seed alone: not on concurrency, on what was stored or on how often the run
+    was killed. Each writer is closed after the last step that names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        data: Data,
+        steps: Mapping[str, Transform],
+        writers: Mapping[str, Writer],
+        settings: Mapping[str, Mapping[str, Any]],
+        folder: Path,
+        answers: Path,
+        seed: int = 0,
+        budget: Budget = NO_LIMIT,
+        max_failed_fraction: float = 0.1,
+    ) -> None:
+        self.data = data
+        self.steps = dict(steps)
+        self.writers = dict(writers)
+        self.settings = settings
+        self.folder = Path(folder)
+        self.answers = Path(answers)
+        self.seed = seed
+        self.budget = budget
+        self.max_failed_fraction = max_failed_fraction
+        self._check()
+
+    def run(
+        self,
+        *,
+        stopped: Callable[[], bool] = lambda: False,
+        told: Callable[[Progress], None] = lambda progress: None,
+    ) -> Outcome:
+        """Do the steps that are not done. Raises Interrupted soon after `stopped` says so, BudgetError when the budget
+        is spent, DataError when too many calls fail, ConfigError and KDError for what a user can mend; what was
+        answered is stored then, and the next run goes on from there."""
+        (self.folder / STEPS).mkdir(parents=True, exist_ok=True, mode=0o700)
+        return _Run(self, stopped, told)()
+
+    def plan(self, rows: int = 200) -> Plan:
+        """What `run` would ask and spend, estimated from `rows` of the seeds; nobody is asked."""
+        return Rehearsal(self).plan(rows)
+
+    def key(self) -> str:
+        """A hash of all that decides the result."""
+        return hashed([self.data.fingerprint(), *(self.step_facts(name) for name in self.steps)])
+
+    def place(self, name: str) -> Path:
+        """The folder of a step."""
+        return self.folder / STEPS / f"{list(self.steps).index(name) + 1:02d}-{name}"
+
+    def step_facts(self, name: str) -> Mapping[str, Any]:
+        """All but its input that decides what a step makes: JSON."""
+        step = self.steps[name]
+        asked = {one: self.writers[one] for one in step.writers()}
+        return {
+            "name": name,
+            "step": f"{type(step).__module__}.{type(step).__qualname__}",
+            "version": step.version,
+            "settings": self.settings.get(name, {}),
+            "fingerprint": step.fingerprint(),
+            "writers": {
+                one: [
+                    writer.identity(),
+                    writer.endpoint,
+                    writer.batch,
+                    terms_of(writer.license, writer.endpoint, writer.model, writer.terms).id,
+                ]
+                for one, writer in asked.items()
+            },
+            "seed": self.seed,
+        }
+
+    def seeds(self) -> tuple[Iterator[Example], int | None]:
+        """All rows to begin with, domain by domain, and how many there are if that is known."""
+        domains = self.data.seeds()
+        hints = [length_hint(rows, -1) for rows in domains.values()]
+        known = sum(hints) if min(hints, default=-1) >= 0 else None
+        return (example for rows in domains.values() for example in rows), known
+
+    def _check(self) -> None:
+        if not self.steps:
+            raise ConfigError("augmentation: names no step; add one, such as +augmentation@augmentation.label=label")
+        if not 0 <= self.max_failed_fraction <= 1:
+            raise ConfigError(
+                f"augment.max_failed_fraction: is {self.max_failed_fraction}; give a share of the calls, from 0 to 1"
+            )
+        problems = []
+        for name, step in self.steps.items():
+            for writer in step.writers():
+                if writer not in self.writers:
+                    there = ", ".join(self.writers) or "none"
+                    problems.append(
+                        f"augmentation.{name}: asks the writer {writer}, and the section writer names {there}; add "
+                        f"+writer@writer.{writer}=OPTION, or set augmentation.{name}.writer"
+                    )
+        if problems:
+            raise ConfigError(*problems)
+
+
+class _Run:
+    """One start of a pipeline."""
+
+    def __init__(self, pipeline: Pipeline, stopped: Callable[[], bool], told: Callable[[Progress], None]) -> None:
+        self.pipeline = pipeline
+        self.stopped = stopped
+        self.told = told
+        self.begun = self.beat = time.monotonic()
+        self.id = run_id(pipeline.folder, make=True) or ""
+        self.store = Responses(pipeline.answers)
+        try:
+            self.meter = Meter(pipeline.budget, self.store.spent(self.id).values())
+        except BaseException:
+            self.store.close()
+            raise
+        self.office = Office(pipeline.writers, self.store, self.meter)
+
+    def __call__(self) -> Outcome:
+        pipeline, outcomes = self.pipeline, []
+        patience = PATIENCE
+        try:
+            content, rows, source = self._before()
+            for number, name in enumerate(pipeline.steps, start=1):
+                outcome, commit = self._step(number, name, content, rows, source)
+                outcomes.append(outcome)
+                content, rows, source = commit.rows_hash, commit.rows, pipeline.place(name) / ROWS
+                self._close_writers(number)
+            assert isinstance(source, Path)
+            return self._final(outcomes, source, commit)
+        except OSError as error:
+            raise atomic.no_space(error, pipeline.folder) or error from error
+        finally:
+            self.office.settle(patience)
+            self.store.close()
+
+    def _before(self) -> tuple[str, int | None, Path | None]:
+        """Hash and number of the seeds; they have no file of ours."""
+        return self.pipeline.data.fingerprint(), None, None
+
+    def _step(
+        self, number: int, name: str, content: str, rows: int | None, source: Path | None
+    ) -> tuple[StepOutcome, Commit]:
+        """Do one step, unless its files are there."""
+        pipeline = self.pipeline
+        place = pipeline.place(name)
+        key = hashed([content, pipeline.step_facts(name)])
+        state = _State(self, number, name, key, rows)
+        commit = Commit.read(place, key)
+        reused = commit is not None
+        if commit is None:
+            _clear(place)
+            self.tell(state.progress())
+            commit = state.do(place, source)
+        spent = sum((spent for (step, _), spent in self.store.spent(self.id).items() if step == key), Spent())
+        outcome = StepOutcome(
+            name=name,
+            reused=reused,
+            rows_in=commit.rows_in,
+            rows_out=commit.rows,
+            aside=commit.aside,
+            asked=commit.asked,
+            stored=max(0, commit.asked - spent.calls),
+            failed=commit.failed,
+            spent=spent,
+        )
+        self.tell(state.progress(commit, reused=reused))
+        return outcome, commit
+
+    def _final(self, outcomes: Sequence[StepOutcome], source: Path, commit: Commit) -> Outcome:
+        """The result and all that was set aside, as files of the run folder."""
+        pipeline = self.pipeline
+        fault("augment.final")
+        join([pipeline.place(name) / ASIDE for name in pipeline.steps], pipeline.folder / ASIDE)
+        join([source], pipeline.folder / ROWS)
+        return Outcome(
+            rows=pipeline.folder / ROWS,
+            aside=pipeline.folder / ASIDE,
+            steps=outcomes,
+            count=commit.rows,
+            forms=commit.forms,
+            unreadable=commit.unreadable,
+            spent=self.meter.spent,
+            key=pipeline.key(),
+        )
+
+    def _close_writers(self, number: int) -> None:
+        """Those that no later step names: a local model gives its memory back."""
+        later = {one for step in list(self.pipeline.steps.values())[number:] for one in step.writers()}
+        for name in set(list(self.pipeline.steps.values())[number - 1].writers()) - later:
+            self.pipeline.writers[name].close()
+
+    def tell(self, progress: Progress) -> None:
+        self.beat = time.monotonic()
+        self.told(progress)
+
+
+class _State:
+    """A step at work: what it read, wrote and set aside."""
+
+    def __init__(self, run: _Run, number: int, name: str, key: str, rows: int | None) -> None:
+        self.run = run
+        self.number = number
+        self.name = name
+        self.key = key
+        self.expected = rows
+        self.rows_in = 0
+        self.asides: Counter[str] = Counter()
+        self.counts = Counts()
+        self.rows: Lines | None = None
+        self.aside_lines: Lines | None = None
+
+    def do(self, place: Path, source: Path | None) -> Commit:
+        run, pipeline = self.run, self.run.pipeline
+        scratch = place / SCRATCH
+        scratch.mkdir(parents=True, mode=0o700)
+        desk = RunDesk(
+            self.name,
+            folder=scratch,
+            seed=pipeline.seed,
+            office=run.office,
+            account=lambda writer: Account(run=run.id, step=self.key, writer=writer),
+            aside=self.set_aside,
+            tick=self.tick,
+            max_failed_fraction=pipeline.max_failed_fraction,
+        )
+        self.counts = desk.counts
+        step = pipeline.steps[self.name]
+        quality = Quality()
+        self.rows, self.aside_lines = Lines(place / ROWS), Lines(place / ASIDE)
+        try:
+            step.open(desk)
+            for example in step(self._read(source)):
+                self.rows.add(dump_example(example))
+                quality.add(example)
+                fault("augment.row", step=self.rows.count)
+                self.tick()
+            desk.close()
+            if source is None:
+                for where, reason in pipeline.data.bad_rows().items():
+                    self._note("data", reason, where, "", b"{}")
+            self.rows.end()
+            self.aside_lines.end()
+        except BaseException:
+            self.rows.drop()
+            self.aside_lines.drop()
+            raise
+        shutil.rmtree(scratch)
+        atomic.fsync_folder(place)
+        fault("augment.commit_step", step=self.number)
+        commit = Commit(
+            key=self.key,
+            rows_in=self.rows_in,
+            rows=self.rows.count,
+            rows_hash=self.rows.hash,
+            aside=dict(sorted(self.asides.items())),
+            aside_hash=self.aside_lines.hash,
+            asked=desk.counts.asked,
+            failed=desk.counts.failed,
+            forms=dict(sorted(quality.forms.items())),
+            unreadable=dict(sorted(quality.unreadable.items())),
+        )
+        commit.write(place)
+        return commit
+
+    def set_aside(self, example: Example, reason: str, detail: str, text: str) -> None:
+        self._note(self.name, reason, detail, text, dump_example(example))
+
+    def tick(self) -> None:
+        """Look whether to stop, and report now and then."""
+        run = self.run
+        if run.stopped():
+            raise Interrupted(
+                signal.SIGTERM,
+                f"interrupted in augmentation.{self.name}; all answers are stored: start the same command to go on",
+            )
+        if time.monotonic() - run.beat >= BEAT:
+            run.tell(self.progress())
+
+    def progress(self, commit: Commit | None = None, *, reused: bool = False) -> Progress:
+        run, counts = self.run, self.counts
+        return Progress(
+            step=self.name,
+            number=self.number,
+            steps=len(run.pipeline.steps),
+            rows_in=commit.rows_in if commit else self.rows_in,
+            rows_expected=commit.rows_in if commit else self.expected,
+            rows_out=commit.rows if commit else self.rows.count if self.rows else 0,
+            aside=sum((commit.aside if commit else self.asides).values()),
+            asked=commit.asked if commit else counts.asked,
+            stored=counts.stored,
+            failed=commit.failed if commit else counts.failed,
+            in_flight=run.meter.in_flight,
+            spent=run.meter.spent,
+            seconds=time.monotonic() - run.begun,
+            done=commit is not None,
+            reused=reused,
+        )
+
+    def _note(self, step: str, reason: str, detail: str, text: str, row: bytes) -> None:
+        assert self.aside_lines is not None
+        self.asides[reason] += 1
+        self.aside_lines.add(aside_line(step, reason, detail, text, row))
+
+    def _read(self, source: Path | None) -> Iterator[Example]:
+        rows, self.expected = self.run.pipeline.seeds() if source is None else (read_rows(source), self.expected)
+        for example in rows:
+            self.rows_in += 1
+            yield example
+
+
+def _clear(place: Path) -> None:
+    """An empty folder for a step; its old commit goes first."""
+    if place.exists():
+        (place / COMMIT).unlink(missing_ok=True)
+        shutil.rmtree(place)
+    place.mkdir(mode=0o700)
