@@ -120,10 +120,17 @@ class Quality:
 
     def add(self, example: Example) -> None:
         self.forms[example.kind] += 1
+        if example.prompt and example.response and _plain(example.prompt) and _plain(example.response):
+            if example.text is example.messages is example.chosen is example.teacher_prompt is None:
+                return  # what most rows are
         try:
             parse_example({name: value for name, value in vars(example).items() if name != "where"})
         except BadRow as error:
             self.unreadable[error.reason] += 1
+
+
+def _plain(text: str) -> bool:
+    return "\x00" not in text and not text.isspace() and text.isascii()
 
 
 def join(paths: Iterable[Path], target: Path) -> None:

@@ -27,6 +27,7 @@ class Counts:
     """What a step did at its desk so far."""
 
     asked: int = 0
+    answered: int = 0  # of those asked; some hundreds are read ahead
     stored: int = 0
     failed: int = 0
 
@@ -122,6 +123,7 @@ class RunDesk:
     def _next(self, writer: str, waiting: deque[tuple[T, Call]]) -> tuple[T, Answer]:
         thing, call = waiting.popleft()
         answer = self._office.wait(call, self._tick)
+        self.counts.answered += 1
         if answer.failed:
             self.counts.failed += 1
             self._reasons[f"writer.{writer}: {answer.failed}"] += 1

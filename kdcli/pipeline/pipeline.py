@@ -336,6 +336,7 @@ class _State:
             rows_out=commit.rows if commit else self.rows.count if self.rows else 0,
             aside=sum((commit.aside if commit else self.asides).values()),
             asked=commit.asked if commit else counts.asked,
+            answered=commit.asked if commit else counts.answered,
             stored=counts.stored,
             failed=commit.failed if commit else counts.failed,
             in_flight=run.meter.in_flight,

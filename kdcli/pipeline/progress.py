@@ -51,6 +51,7 @@ class Progress:
     rows_out: int
     aside: int
     asked: int
+    answered: int  # of those asked; some hundreds are read ahead
     stored: int
     failed: int
     in_flight: int

@@ -25,18 +25,20 @@ from kdcli.errors import ConfigError, KDError
 from kdcli.store.fault import fault
 
 FORMAT = 0x6B64_0001  # marks the file as ours, and says how its tables look
-LINGER = 0.004  # seconds to gather answers for one commit
+LINGER = 0.012  # seconds to gather answers for one commit
 SPARE = 2**20  # bytes held back beside the file: when the disk is full, answers that are paid for still fit
 STORED = ("texts", "finished", "prompt_tokens", "completion_tokens", "model", "date")  # of an answer
 PATIENCE = 60.0  # seconds to wait for another process's commit
 TABLES = """
-CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, answer TEXT, model TEXT, date TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS answers (id INTEGER PRIMARY KEY, key BLOB UNIQUE, answer TEXT, model TEXT, date TEXT);
 CREATE TABLE IF NOT EXISTS memory (kind TEXT, key TEXT, value TEXT, date TEXT, PRIMARY KEY (kind, key)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS spending (
     run TEXT, step TEXT, writer TEXT, calls INTEGER, failed INTEGER, prompt_tokens INTEGER, completion_tokens INTEGER,
     cost REAL, PRIMARY KEY (run, step, writer)
 ) WITHOUT ROWID;
 """
+INSERT = "INSERT OR IGNORE INTO answers (key, answer, model, date) VALUES (?, ?, ?, ?)"
+FIND = "SELECT answer FROM answers WHERE key = ?"
 SPEND = """
 INSERT INTO spending VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, step, writer) DO UPDATE SET
     calls = calls + excluded.calls, failed = failed + excluded.failed,
@@ -56,7 +58,13 @@ class Spent:
     cost: float = 0.0
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(**{name: value + getattr(other, name) for name, value in asdict(self).items()})
+        return Spent(
+            calls=self.calls + other.calls,
+            failed=self.failed + other.failed,
+            prompt_tokens=self.prompt_tokens + other.prompt_tokens,
+            completion_tokens=self.completion_tokens + other.completion_tokens,
+            cost=self.cost + other.cost,
+        )
 
     @property
     def tokens(self) -> int:
@@ -114,8 +122,11 @@ class Responses:
 
     def find(self, key: bytes) -> Answer | None:
         """The answer to a request, if one was committed."""
-        with self._lock, self._told():
-            row = self._reader.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()
+        try:
+            with self._lock:
+                row = self._reader.execute(FIND, (key,)).fetchone()
+        except sqlite3.Error as error:
+            raise _explained(self.path, error) from error
         return None if row is None else self._answer(row[0])
 
     def keep(
@@ -260,9 +271,9 @@ class Responses:
             return answer
         told = {name: getattr(answer, name) for name in STORED}
         row = (key, json.dumps(told, separators=(",", ":")), answer.model, answer.date)
-        if connection.execute("INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?)", row).rowcount:
+        if connection.execute(INSERT, row).rowcount:
             return answer
-        return self._answer(connection.execute("SELECT answer FROM answers WHERE key = ?", (key,)).fetchone()[0])
+        return self._answer(connection.execute(FIND, (key,)).fetchone()[0])
 
     def _answer(self, text: str) -> Answer:
         try:
