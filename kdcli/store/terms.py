@@ -223,7 +223,7 @@ def _row(row: Any, where: str) -> _Row:
     matches = row.get("matches") or {}
     if not isinstance(matches, Mapping) or (odd := set(matches) - {"licences", "hosts", "models"}):
         raise ConfigError(f"{where}.matches: holds lists of licences, hosts and models{f', no {odd}' if odd else ''}")
-    values: dict[str, Any] = {k: v for k, v in (row | said).items() if k != "matches" and v is not None}
+    values: dict[str, Any] = {k: v for k, v in {**row, **said}.items() if k != "matches" and v is not None}
     values = {k: v if isinstance(v, bool) else " ".join(str(v).split()) for k, v in values.items()}
     return _Row(
         Terms(**values),
@@ -234,7 +234,7 @@ def _row(row: Any, where: str) -> _Row:
 
 
 def _by_id(given: str, rows: Sequence[_Row]) -> Terms:
-    known = {row.terms.id: row.terms for row in rows}
+    known = {row.terms.id: row.terms for row in rows} | {UNKNOWN.id: UNKNOWN}
     parts = given.split("+")
     for part in parts:
         if part not in known:
