@@ -152,11 +152,9 @@ class Client:
             first = [error]
         given_up = given_up or threading.Event()
 
-        def late(state: RetryCallState) -> bool:
-            return time.monotonic() - begun + state.upcoming_sleep >= self.deadline
-
+        ended = stop_any(stop_after_attempt(tries), stop_when_event_set(given_up))
         trying = Retrying(  # costs as much as an exchange, so only what failed meets it
-            stop=stop_any(stop_after_attempt(tries), late, stop_when_event_set(given_up)),
+            stop=lambda state: ended(state) or time.monotonic() - begun + state.upcoming_sleep >= self.deadline,
             wait=_pause,
             sleep=sleep_using_event(given_up),
             retry=retry_if_exception_type(UnansweredError),

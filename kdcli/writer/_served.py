@@ -1,0 +1,117 @@
+"""What writers behind a server share: who is asked and at what price, and failures of one request or of all."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypedDict
+
+from kdcli.api import Answer, Request, Writer
+from kdcli.errors import ConfigError
+from kdcli.store.http import Client, RefusedError, UnansweredError
+
+log = logging.getLogger(__name__)
+
+TOO_LONG = (  # words by which servers say that prompt and answer do not fit into the model's context
+    *("context length", "context_length", "context window", "context size", "maximum context", "max_model_len"),
+    *("too long", "too many tokens", "maximum input length", "input length", "reduce the length", "maximum number of"),
+)
+BYTES_PER_TOKEN = 64  # of an answer, far more than text needs: longer answers are cut off as nonsense
+
+
+class Pricing(TypedDict, total=False):
+    """Settings of every writer behind a server; constructors hand them on as `**settings: Unpack[...]`."""
+
+    price_prompt: float
+    price_completion: float
+    license: str | None
+    terms: str | None
+
+
+class Served(Writer):
+    """Asks through `client`. The first refusal that holds for all requests ends the asking: later ones raise it again
+    without a word to the server."""
+
+    client: Client
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        price_prompt: float = 0.0,
+        price_completion: float = 0.0,
+        license: str | None = None,
+        terms: str | None = None,
+    ) -> None:
+        for name, value in (("price_prompt", price_prompt), ("price_completion", price_completion)):
+            if not value >= 0:
+                raise ConfigError(f"{client.where}.{name}: {value} is no price; set what 1e6 tokens cost, or 0")
+        self.client = client
+        self.concurrency = client.concurrency
+        self.price_prompt, self.price_completion = price_prompt, price_completion
+        self.license, self.terms = license, terms
+        self._refused: ConfigError | None = None
+        self._given_up = threading.Event()
+
+    @property
+    def endpoint(self) -> str:
+        return self.client.server.name
+
+    def write(self, requests: Sequence[Request]) -> list[Answer]:
+        return [self._answer(request) for request in requests]
+
+    def close(self) -> None:
+        self._given_up.set()
+        self.client.close()
+
+    @abstractmethod
+    def _written(self, request: Request) -> Answer:
+        """The answer to one request. Raises what `Client.ask` raises."""
+
+    def _answer(self, request: Request) -> Answer:
+        if self._refused is not None:
+            raise self._refused
+        try:
+            return self._written(request)
+        except RefusedError as error:
+            if error.status not in (401, 402, 403, 404) and error.status >= 400:
+                return self._failed(error)
+            self._refused = error
+        except ConfigError as error:
+            self._refused = error
+        except UnansweredError as error:
+            return Answer(failed=error.short, detail=str(error.__cause__ or error), model=self.model, date=today())
+        self._given_up.set()
+        raise self._refused
+
+    def _failed(self, error: RefusedError) -> Answer:
+        """A refusal of this request alone."""
+        said = error.said.lower()
+        if error.status in (400, 413, 422) and any(words in said for words in TOO_LONG):
+            short = "context too long"
+        else:
+            short = f"HTTP {error.status}"
+        return Answer(failed=short, detail=str(error), model=self.model, date=today())
+
+
+def limit(max_tokens: int, n: int) -> int:
+    """Bytes that an answer of n texts may have."""
+    return (1 << 20) + BYTES_PER_TOKEN * max_tokens * n
+
+
+def tokens(texts: Sequence[str]) -> int:
+    """An estimate of their number, where a server counts none: one per 4 bytes."""
+    return sum(-(-len(text.encode("utf-8", "replace")) // 4) for text in texts)
+
+
+def counted(usage: Any, name: str, estimate: int) -> int:
+    """A number of tokens that a server tells, or the estimate."""
+    value = usage.get(name) if isinstance(usage, Mapping) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else estimate
+
+
+def today() -> str:
+    return datetime.now(UTC).date().isoformat()
