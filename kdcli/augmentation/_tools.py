@@ -1,6 +1,7 @@
 """Tools of an agent: arithmetic, Python in the sandbox, search in a file of documents and look-up in what was found.
 
-The interface follows ReAct (Yao et al. 2023, arXiv:2210.03629): text in, text out. What goes wrong is told to the agent.
+The interface is that of ReAct (Yao et al. 2023, arXiv:2210.03629): text in, text out. What goes wrong is told to the
+agent.
 """
 
 from __future__ import annotations
