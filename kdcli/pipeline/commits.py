@@ -120,17 +120,22 @@ class Quality:
 
     def add(self, example: Example) -> None:
         self.forms[example.kind] += 1
-        if example.prompt and example.response and _plain(example.prompt) and _plain(example.response):
-            if example.text is example.messages is example.chosen is example.teacher_prompt is None:
-                return  # what most rows are
+        if _is_plain(example):  # what most rows are; spares a second look
+            return
         try:
             parse_example({name: value for name, value in vars(example).items() if name != "where"})
         except BadRow as error:
             self.unreadable[error.reason] += 1
 
 
-def _plain(text: str) -> bool:
-    return "\x00" not in text and not text.isspace() and text.isascii()
+def _is_plain(example: Example) -> bool:
+    """Whether it is a prompt and a response in ASCII, and so certainly readable."""
+    if (example.text, example.messages, example.chosen, example.rejected, example.teacher_prompt) != (None,) * 5:
+        return False
+    return all(
+        text is not None and text.isascii() and "\x00" not in text and text != "" and not text.isspace()
+        for text in (example.prompt, example.response)
+    )
 
 
 def join(paths: Iterable[Path], target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -25,12 +26,13 @@ TICK = 0.25  # seconds between looks at what else may have happened while one wa
 class Call:
     """A request on its way: `answer` is set once it is stored."""
 
-    __slots__ = ("answer", "key", "request")
+    __slots__ = ("answer", "key", "made", "request")
 
     def __init__(self, key: bytes, request: Request) -> None:
         self.key = key
         self.request = request
         self.answer: Answer | None = None
+        self.made = False
 
 
 class Office:
@@ -42,6 +44,7 @@ class Office:
         self.staff = {name: Staff(name, writer, self) for name, writer in writers.items()}
         self.calls: dict[bytes, Call] = {}  # in flight
         self.changed = threading.Condition()
+        self.numbers = itertools.count(1)  # of calls of `write` that came back
         self._error: BaseException | None = None
 
     def find(self, writer: str, request: Request) -> Call:
@@ -55,7 +58,7 @@ class Office:
 
     def is_new(self, call: Call) -> bool:
         """Whether nobody has made it yet."""
-        return call.answer is None and call.key not in self.calls
+        return not call.made and call.answer is None
 
     def make(self, writer: str, calls: Sequence[Call], account: Account) -> None:
         """Hand new calls to the writer's threads, to be made together."""
@@ -153,6 +156,7 @@ class Staff:
 
     def take(self, calls: Sequence[Call], account: Account) -> None:
         for call in calls:
+            call.made = True
             self.office.calls[call.key] = call
         if len(self._threads) < self.writer.concurrency:
             thread = threading.Thread(target=self._work, name=f"kdcli-{self.name}-{len(self._threads)}", daemon=True)
@@ -185,7 +189,7 @@ class Staff:
             answers = [_usable(one) for one in self.writer.write([call.request for call in calls])]
             if len(answers) != number:
                 raise KDError(f"writer.{self.name}: {len(answers)} answers to {number} requests; this is its bug")
-            fault("augment.answer")
+            fault("augment.answer", step=next(office.numbers))
             spent = Spent(
                 calls=number,
                 failed=sum(bool(one.failed) for one in answers),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from operator import length_hint
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,12 @@ class Pipeline:
 
     def key(self) -> str:
         """A hash of all that decides the result."""
-        return hashed([self.data.fingerprint(), *(self.step_facts(name) for name in self.steps)])
+        return hashed([self.content, *(self.step_facts(name) for name in self.steps)])
+
+    @cached_property
+    def content(self) -> str:
+        """A hash of the seeds."""
+        return self.data.fingerprint()
 
     def place(self, name: str) -> Path:
         """The folder of a step."""
@@ -101,23 +108,30 @@ class Pipeline:
     def step_facts(self, name: str) -> Mapping[str, Any]:
         """All but its input that decides what a step makes: JSON."""
         step = self.steps[name]
-        asked = {one: self.writers[one] for one in step.writers()}
         return {
             "name": name,
             "step": f"{type(step).__module__}.{type(step).__qualname__}",
             "version": step.version,
             "settings": self.settings.get(name, {}),
             "fingerprint": step.fingerprint(),
-            "writers": {
-                one: [
-                    writer.identity(),
-                    writer.endpoint,
-                    writer.batch,
-                    terms_of(writer.license, writer.endpoint, writer.model, writer.terms).id,
-                ]
-                for one, writer in asked.items()
-            },
+            "writers": {one: self._writer_facts[one] for one in step.writers()},
             "seed": self.seed,
+        }
+
+    @cached_property
+    def _writer_facts(self) -> Mapping[str, Any]:
+        """What rows depend on of each writer that is asked: what it answers, and what provenance says of it."""
+        asked = {name for step in self.steps.values() for name in step.writers()}
+        return {
+            name: [
+                writer.identity(),
+                writer.batch,
+                writer.endpoint,
+                writer.model,
+                terms_of(writer.license, writer.endpoint, writer.model, writer.terms).id,
+            ]
+            for name, writer in self.writers.items()
+            if name in asked
         }
 
     def seeds(self) -> tuple[Iterator[Example], int | None]:
@@ -134,7 +148,11 @@ class Pipeline:
             raise ConfigError(
                 f"augment.max_failed_fraction: is {self.max_failed_fraction}; give a share of the calls, from 0 to 1"
             )
-        problems = []
+        problems = [
+            f"augmentation.{name}: is no name for a step; use letters, digits, - and _"
+            for name in self.steps
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name)
+        ]
         for name, step in self.steps.items():
             for writer in step.writers():
                 if writer not in self.writers:
@@ -165,26 +183,22 @@ class _Run:
         self.office = Office(pipeline.writers, self.store, self.meter)
 
     def __call__(self) -> Outcome:
-        pipeline, outcomes = self.pipeline, []
-        patience = PATIENCE
+        pipeline = self.pipeline
+        outcomes: list[StepOutcome] = []
+        commit = Commit(key="")
         try:
-            content, rows, source = self._before()
+            content, rows, source = pipeline.content, None, None
             for number, name in enumerate(pipeline.steps, start=1):
                 outcome, commit = self._step(number, name, content, rows, source)
                 outcomes.append(outcome)
                 content, rows, source = commit.rows_hash, commit.rows, pipeline.place(name) / ROWS
                 self._close_writers(number)
-            assert isinstance(source, Path)
-            return self._final(outcomes, source, commit)
+            return self._final(outcomes, commit)
         except OSError as error:
             raise atomic.no_space(error, pipeline.folder) or error from error
         finally:
-            self.office.settle(patience)
+            self.office.settle(PATIENCE)
             self.store.close()
-
-    def _before(self) -> tuple[str, int | None, Path | None]:
-        """Hash and number of the seeds; they have no file of ours."""
-        return self.pipeline.data.fingerprint(), None, None
 
     def _step(
         self, number: int, name: str, content: str, rows: int | None, source: Path | None
@@ -215,12 +229,12 @@ class _Run:
         self.tell(state.progress(commit, reused=reused))
         return outcome, commit
 
-    def _final(self, outcomes: Sequence[StepOutcome], source: Path, commit: Commit) -> Outcome:
+    def _final(self, outcomes: Sequence[StepOutcome], commit: Commit) -> Outcome:
         """The result and all that was set aside, as files of the run folder."""
         pipeline = self.pipeline
         fault("augment.final")
         join([pipeline.place(name) / ASIDE for name in pipeline.steps], pipeline.folder / ASIDE)
-        join([source], pipeline.folder / ROWS)
+        join([pipeline.place(outcomes[-1].name) / ROWS], pipeline.folder / ROWS)
         return Outcome(
             rows=pipeline.folder / ROWS,
             aside=pipeline.folder / ASIDE,

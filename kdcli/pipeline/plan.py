@@ -100,7 +100,7 @@ class Rehearsal:
     def _start(self) -> tuple[list[PlannedStep], Callable[[], Iterable[Example]], int]:
         """Steps that this run folder has done, what to read after them, and how many rows that is."""
         pipeline, done = self.pipeline, []
-        content, place, last = pipeline.data.fingerprint(), None, None
+        content, place, last = pipeline.content, None, None
         for name in pipeline.steps:
             commit = Commit.read(pipeline.place(name), hashed([content, pipeline.step_facts(name)]))
             if commit is None:
