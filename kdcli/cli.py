@@ -13,6 +13,7 @@ from kdcli.errors import KDError
 
 VERBS = {  # verb -> what it does; its module is kdcli.command.VERB
     "distill": "train a student from a teacher, evaluate and export it",
+    "augment": "make training rows with steps that ask models and filter",
     "evaluate": "score a model or the student of a run",
     "cache": "write what a teacher says of a data set, to be read by teacher=cached",
     "resume": "go on with a run from its own config",
@@ -21,7 +22,7 @@ VERBS = {  # verb -> what it does; its module is kdcli.command.VERB
     "ls": "list recipes, config groups and their options",
     "copy": "copy a recipe to a file of your own",
 }
-COMPOSED = ("distill", "evaluate", "cache")  # verbs that take Hydra's overrides
+COMPOSED = ("distill", "augment", "evaluate", "cache")  # verbs that take Hydra's overrides
 
 HELP = """\
 kdcli distills language models: a small student learns from a large teacher.

@@ -44,6 +44,15 @@ def parser(verb: str) -> argparse.ArgumentParser:
         metavar="WHAT",
         help="what Hydra knows: all, config, defaults, defaults-tree, plugins, searchpath",
     )
+    if verb == "augment":
+        flags.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print calls, tokens, cost and terms; ask nothing, write nothing",
+        )
+        flags.add_argument("--stats", metavar="STORE", help="what a store of answers holds, and stop")
+        flags.add_argument("--purge", metavar="STORE", help="delete stored answers, with --older-than DAYS, and stop")
+        flags.add_argument("--older-than", metavar="DAYS", help="with --purge: how old they are at least")
     return flags
 
 

@@ -9,6 +9,7 @@ from kdcli.store import paths
 
 GROUPS = (*COMPONENTS, *THIRD_PARTY)
 CHOICES = (*GROUPS, "control")  # and what a run is compared with
+PROMPT = "prompt"  # files that steps of an augmentation name, and no group that is chosen from
 
 
 def first_comment(file: Path) -> str:

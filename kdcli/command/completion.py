@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 
-from kdcli.command.catalog import CHOICES, GROUPS, options, recipe_names
+from kdcli.command.catalog import CHOICES, GROUPS, PROMPT, options, recipe_names
 from kdcli.errors import ConfigError
 
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str], verbs: Iterable[str], composed: Iterable[str]) -> 
 
         return complete(words[0], " ".join(words[1:]), shell)
     elif words[0] == "ls":
-        print(" ".join(("recipe", *CHOICES)))
+        print(" ".join(("recipe", PROMPT, *CHOICES)))
     elif words[0] == "copy" and len(words) == 2:
         print(" ".join(recipe_names()))
     return 0

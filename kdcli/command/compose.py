@@ -6,6 +6,7 @@ import re
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from kdcli.command import catalog, control, guard
+from kdcli.config import schema
 from kdcli.config.nearest import suggest
+from kdcli.config.schema import SECTIONS
 from kdcli.errors import ConfigError
 from kdcli.store import paths
 
 version.setbase("1.3")
+
+MODELS = ("teacher", "student")  # of a distillation
 
 
 class RecipeSource(FileConfigSource):
@@ -90,6 +95,8 @@ class Loader(ConfigLoaderImpl):
         _drop_leftovers(config)
         _drop_of_other_schedules(config)
         guard.refuse_code(OmegaConf.to_container(config, resolve=False))  # type: ignore[arg-type]
+        if config_name == "augment":
+            _drop_of_training(config)
         return config
 
     def _compose_config_from_defaults_list(self, *args: Any, **kwargs: Any) -> DictConfig:
@@ -137,6 +144,8 @@ def plain(config: DictConfig, verb: str) -> dict[str, Any]:
         values: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         raise ConfigError(_interpolation(error)) from error
+    if verb == "augment":
+        values = {key: value for key, value in values.items() if key not in MODELS}
     return {"verb": verb, **control.applied(values)}
 
 
@@ -187,6 +196,25 @@ def _drop_leftovers(config: DictConfig) -> None:
                     one == f"{place or group}.{name}" or one.startswith(f"{place or group}.{name}.") for one in typed
                 ):
                     del node[name]
+
+
+def _drop_of_training(config: DictConfig) -> None:
+    """Take out of an augmentation what only a distillation has: a recipe is of both. The models' sections stay until
+    everything is resolved, since writers may be told their paths (`${student.path}`)."""
+    of_both, own = {*SECTIONS["augment"], *MODELS, "hydra"}, {f.name for f in fields(schema.AugmentRun)}
+    with open_dict(config):
+        for section in [*SECTIONS["distill"], control.GROUP]:
+            if section in config and section not in of_both:
+                del config[section]
+        for key in [f.name for f in fields(schema.Run) if f.name in config.run and f.name not in own]:
+            del config.run[key]
+        if config.run.get("resume") not in ("auto", "never"):  # a checkpoint of the training
+            config.run.resume = "auto"
+        config.report = {name: node for name, node in config.report.items() if not _shows_training(node)}
+
+
+def _shows_training(node: Any) -> bool:
+    return node is not None and str(node.get("_target_", "")).startswith("kdcli.report.console.")
 
 
 def _place_of_schedule(override: str) -> str | None:

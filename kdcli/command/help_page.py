@@ -19,6 +19,15 @@ EXAMPLES = {
   kdcli distill +recipe=quickstart +control=sft run.seeds=[0,1,2]     beside plain fine-tuning, with mean and spread
   kdcli distill +recipe=quickstart launch.processes=2 engine=zero3    two processes, everything sharded
   kdcli distill +recipe=quickstart --cfg job               the composed config, without running it""",
+    "augment": """\
+  kdcli augment +recipe=NAME --dry-run                     what it would ask: calls, tokens, cost, hosts and terms
+  kdcli augment +recipe=NAME budget.max_cost=5             rows in runs/NAME/TIME/rows.jsonl, for 5 at most
+  kdcli augment data.path=seeds.jsonl +augmentation@augmentation.answer=label +augmentation@augmentation.unlike=dedup \\
+    +writer@writer.teacher=chat writer.teacher.url=URL writer.teacher.model=MODEL
+  kdcli resume RUN_DIR budget.max_cost=10                  go on with more money, asking nothing twice
+  kdcli distill data.path=RUN_DIR/rows.jsonl …             learn from the rows
+  kdcli distill +recipe=NAME                               both at once
+  kdcli augment --stats caches/answers.sqlite              what is stored, and what it cost""",
     "evaluate": """\
   kdcli evaluate student.path=runs/quickstart/TIME evaluation.heldout.data.path=recipes://data/mini/valid
   kdcli evaluate student.path=MODEL teacher=hf teacher.path=MODEL evaluation.heldout.data.path=valid/""",

@@ -19,14 +19,16 @@ from kdcli.command.arguments import parse
 from kdcli.command.compose import compose, explain, hydra, plain
 
 Adjust = Callable[[dict[str, Any]], None]
+Instead = Callable[[dict[str, Any]], int]
 
 
 def unchanged(config: dict[str, Any]) -> None:
     """The adjustment of a verb that needs none."""
 
 
-def main(verb: str, argv: Sequence[str], *, adjust: Adjust = unchanged) -> int:
-    """Do what the arguments ask for; returns the exit code. `adjust` changes the plain config before it is checked."""
+def main(verb: str, argv: Sequence[str], *, adjust: Adjust = unchanged, instead: Instead | None = None) -> int:
+    """Do what the arguments ask for; returns the exit code. `adjust` changes the plain config before it is checked;
+    `instead` gets it in place of a run."""
     arguments = parse(verb, argv)
     if arguments.help:
         return help_page.show(verb)
@@ -35,12 +37,14 @@ def main(verb: str, argv: Sequence[str], *, adjust: Adjust = unchanged) -> int:
         if arguments.cfg or arguments.info:
             arguments.overrides = asked.one
             return _show(app, verb, arguments)
-        if arguments.multirun or asked.swept:
+        if (arguments.multirun or asked.swept) and instead is None:
             return sweep.run(app, verb, asked.overrides, adjust)
         config = compose(app, verb, arguments.overrides)
         timed = _named_after_the_time(config)
         values = plain(config, verb)
     adjust(values)
+    if instead is not None:
+        return instead(values)
     return runs.start(values, overrides=arguments.overrides, timed=timed)
 
 

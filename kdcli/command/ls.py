@@ -1,18 +1,23 @@
-"""`kdcli ls [recipe | GROUP]`: what there is to choose from, one line each."""
+"""`kdcli ls [recipe | GROUP | prompt]`: what there is to choose from, one line each."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 
-from kdcli.command.catalog import CHOICES, first_comment, options, recipes
+from kdcli.command.catalog import CHOICES, PROMPT, first_comment, options, recipes
 from kdcli.config.nearest import suggest
 from kdcli.errors import ConfigError
 
-USAGE = """usage: kdcli ls [recipe | GROUP]
+USAGE = """usage: kdcli ls [recipe | GROUP | prompt]
 
-Lists recipes and config groups; with a name, the recipes or that group's options, each with what choosing it gives.
+Lists recipes, config groups and the prompts of augmentation's steps; with a name, the recipes, that group's options or
+the prompts, each with what choosing it gives.
 """
+
+
+ADDED = {"augmentation": "NAME=STEP", "writer": "teacher=NAME"}  # of which there is none to replace
+PROMPTS = "prompt: augmentation.NAME.prompt=PROMPT"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -27,18 +32,23 @@ def main(argv: Sequence[str]) -> int:
         _show("Recipes: kdcli distill +recipe=NAME", _recipe_rows())
         for group in CHOICES:
             _show(f"{group}: {_how(group)}", _option_rows(group))
+        _show(PROMPTS, _option_rows(PROMPT))
+    elif wanted in (PROMPT, "prompts"):
+        _show(PROMPTS, _option_rows(PROMPT))
     elif wanted in ("recipe", "recipes"):
         _show("Recipes: kdcli distill +recipe=NAME", _recipe_rows())
     elif wanted in CHOICES:
         _show(f"{wanted}: {_how(wanted)}", _option_rows(wanted))
     else:
         raise ConfigError(
-            f"kdcli ls {wanted}: there is no such group; {suggest(wanted, ['recipe', *CHOICES], limit=20)}"
+            f"kdcli ls {wanted}: there is no such group; {suggest(wanted, ['recipe', PROMPT, *CHOICES], limit=20)}"
         )
     return 0
 
 
 def _how(group: str) -> str:
+    if group in ADDED:
+        return f"+{group}@{group}.{ADDED[group]}"
     names = {"objective": "kd", "evaluation": "heldout", "report": "console"}
     return f"{group}@{group}.{names[group]}=NAME" if group in names else f"{group}=NAME"
 

@@ -24,10 +24,9 @@ def write(run_dir: Path, config: Mapping[str, Any], command: Sequence[str]) -> N
     """Write run_dir/manifest.json, or add a continuation to the one that is there."""
     file = run_dir / "manifest.json"
     now = {"time": utc_now(), "command": redact(" ".join(command)), "versions": _versions(), "git": _git(paths.PACKAGE)}
-    try:
-        known = json.loads(file.read_text("utf-8"))
+    if known := read(run_dir):
         known.setdefault("continued", []).append(now)
-    except (OSError, ValueError):
+    else:
         known = {
             **now,
             "folder": str(Path.cwd()),  # relative paths of the config are seen from here
@@ -38,8 +37,23 @@ def write(run_dir: Path, config: Mapping[str, Any], command: Sequence[str]) -> N
                 key: _model(config[key]) for key in ("teacher", "student") if (config.get(key) or {}).get("path")
             },
             "data": _sources(config.get("data")),
+            "writers": {name: _writer(node) for name, node in (config.get("writer") or {}).items() if node is not None},
+            "terms": dict(config.get("terms") or {}),
         }
     atomic.write_json(file, known)
+
+
+def read(run_dir: Path) -> dict[str, Any]:
+    """What a manifest says, or {} where there is none."""
+    try:
+        return json.loads((run_dir / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def add(run_dir: Path, facts: Mapping[str, Any]) -> None:
+    """Add facts to a run's manifest, in place of those of the same names."""
+    atomic.write_json(run_dir / "manifest.json", read(run_dir) | dict(facts))
 
 
 def licence(path: str) -> str:
@@ -66,6 +80,10 @@ def licence(path: str) -> str:
 
 def _model(node: Mapping[str, Any]) -> dict[str, Any]:
     return {"path": node["path"], "revision": node.get("revision"), "licence": licence(node["path"])}
+
+
+def _writer(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: node[key] for key in ("_target_", "model", "path", "url", "license", "terms") if key in node}
 
 
 def _sources(node: Any) -> list[dict[str, Any]]:

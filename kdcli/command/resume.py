@@ -18,8 +18,9 @@ from kdcli.errors import ConfigError
 USAGE = """usage: kdcli resume RUN_DIR [KEY=VALUE ...]
 
 Goes on with an interrupted or failed run, or trains a finished one for more steps (run.steps=...).
-Logging, evaluation and processes may change freely; the learning rate and its schedule with a warning;
-models, data (but they may lie elsewhere), objectives and batch not at all.
+Logging, evaluation and processes may change freely, and an augmentation's budget, prices and concurrency;
+the learning rate and its schedule with a warning; models, data (but they may lie elsewhere), steps of an
+augmentation, objectives and batch not at all.
 """
 
 
@@ -40,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
         )
     config = changed(runs.read_config(run_dir), argv[1:])
     config["run"]["dir"] = str(run_dir)
+    if owner := config.pop("made_for", None):
+        raise ConfigError(f"{run_dir}: holds the rows of a distillation; go on with that: kdcli resume {owner}")
     if any((run_dir / "checkpoints").glob("step-*")) or config["run"].get("resume") == "never":
         config["run"]["resume"] = "auto"  # its own checkpoints, and no longer the one that it began with
     return runs.start(config, overrides=list(argv[1:]))

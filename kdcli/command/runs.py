@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from kdcli.command import manifest
+from kdcli.command import manifest, warned
 from kdcli.config.environment import expand
 from kdcli.config.resume import Changes, compare, moved
 from kdcli.errors import ConfigError
@@ -40,6 +40,7 @@ def start(config: dict[str, Any], *, overrides: Sequence[str], timed: bool = Fal
     if not NAME.fullmatch(str(config["run"].get("name"))):
         raise ConfigError(f"run.name: {config['run'].get('name')!r} is not made of letters, digits, . _ - only")
     check(config)
+    warned.tell(config)
     if timed and _on_each_node(config):
         raise ConfigError(
             "run.dir: every node needs the same run folder; add run.dir=FOLDER, on a shared disk, to the command"
@@ -47,12 +48,18 @@ def start(config: dict[str, Any], *, overrides: Sequence[str], timed: bool = Fal
     _agrees_with_checkpoint(config)
     folder = open_folder(config, timed=timed)
     if folder.complete:
-        print(f"{folder.path}: already complete; give more run.steps, or another run.dir, to train on")
+        more = "set another run.dir" if config["verb"] == "augment" else "give more run.steps, or another run.dir,"
+        print(f"{folder.path}: already complete; {more} to {'make other rows' if 'set' in more else 'train on'}")
         return 0
     config["run"]["dir"] = str(folder.path)
     with _lock(folder.path, config):
         write(folder.path, config, overrides)
     print(f"run: {folder.path}", flush=True)
+    if config["verb"] == "distill" and any((config.get("augmentation") or {}).values()):
+        from kdcli.command import rows  # here, because it imports the pipeline
+
+        if code := rows.prepare(folder.path, config, has_results=_has_results(folder.path)):
+            return code
     launcher = build(config["launch"], Launcher)
     return launcher(folder.path, isolate=isolate)
 
@@ -147,7 +154,8 @@ def _used(path: Path, old: Mapping[str, Any], config: Mapping[str, Any]) -> Fold
             f"unchanged: kdcli resume {path}"
         )
     steps = config["run"].get("steps", 0)
-    if state.get("state") == "done" and not changes.refusals and steps <= state.get("steps", 0):
+    done = state.get("state") == "done" and not changes.refusals and steps <= state.get("steps", 0)
+    if done and (config["verb"] != "augment" or _same_rows(path, config)):
         return Folder(path, complete=True)
     for change in changes.warnings if _has_results(path) else []:
         print(f"warning: {path} goes on with {change}", file=sys.stderr)
@@ -179,6 +187,18 @@ def _lock(path: Path, config: Mapping[str, Any]) -> AbstractContextManager[Any]:
 
 
 def _has_results(path: Path) -> bool:
-    """Whether the run got as far as its first line of metrics or its first checkpoint."""
+    """Whether the run got as far as its first line of metrics, its first checkpoint, or its first step of rows."""
     metrics = path / "metrics.jsonl"
-    return (metrics.is_file() and metrics.stat().st_size > 0) or any((path / "checkpoints").glob("step-*"))
+    written = metrics.is_file() and metrics.stat().st_size > 0
+    return written or any((path / "checkpoints").glob("step-*")) or any((path / "steps").glob("*/COMMIT.json"))
+
+
+def _same_rows(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a finished augmentation would make the same again: its data and prompts are files, which may change."""
+    from kdcli.config import augmented
+
+    made = manifest.read(path).get("augmentation") or {}
+    same = made.get("key") == augmented.pipeline_of(config, path).key()
+    if not same:
+        print(f"warning: {path}: its data, prompts or models have changed; steps are done anew", file=sys.stderr)
+    return same

@@ -7,7 +7,7 @@ from typing import Any
 
 from kdcli.config import cross, scheduled, secrets
 from kdcli.config.nearest import suggest
-from kdcli.config.schema import COMPONENTS, SCHEMAS, SECTIONS, TERMS, THIRD_PARTY
+from kdcli.config.schema import COMPONENTS, OF_AUGMENTATION, SCHEMAS, SECTIONS, TERMS, THIRD_PARTY
 from kdcli.config.signature import Setting, component_in, is_component, settings
 from kdcli.config.target import locate
 from kdcli.config.values import problems_of
@@ -39,6 +39,8 @@ def shape_problems(config: Mapping[str, Any]) -> list[str]:
     ]
     for section in known:
         node = config.get(section)
+        if section in OF_AUGMENTATION and node is None:
+            continue  # all of it has defaults
         if section in SCHEMAS[verb]:
             problems += _section_problems(node, SCHEMAS[verb][section], section)
         elif section in TERMS:

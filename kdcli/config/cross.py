@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcli.config import demands, domains, scheduled, tasks, teachers
+from kdcli.config import augmented, demands, domains, scheduled, tasks, teachers
 from kdcli.config.build import build, build_schedules
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
@@ -20,6 +20,8 @@ from kdcli.text.vocabulary import share_ids
 
 def problems_in(config: Mapping[str, Any]) -> list[str]:
     """One sentence per contradiction. Every section must be sound by itself (`check` sees to that)."""
+    if config["verb"] == "augment":
+        return augmented.checked(config)
     found = [
         *_batch(config),
         *_packing(config),
@@ -28,13 +30,16 @@ def problems_in(config: Mapping[str, Any]) -> list[str]:
         *_resume(config),
         *_terms(config),
     ]
-    objects, refused = _built(config)
+    objects, refused = built(config)
     found += refused
     if refused:
         return found
+    if augmented.given(config):  # the rows are still to be made, and are looked at when there are any
+        found += augmented.seeds_problems(objects.pop("data"))
     if unfit := tasks.problems_in(config, objects):
         return found + unfit
     found += _needs(config, objects) + _temperatures(config, objects)
+    found += augmented.problems_in(config, objects)
     found += _student(config) + _domains(objects) + domains.problems_in(config, objects)
     found = found or _demands(config, objects)
     found = found or teachers.problems_in(objects, lambda: _brought(objects))
@@ -140,7 +145,7 @@ def _terms(config: Mapping[str, Any]) -> list[str]:
     return ["objective: there is nothing to learn from; add objective@objective.kd=forward_kl"]
 
 
-def _built(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def built(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Every component that is cheap to construct, by its place in the config; and what the constructors refuse."""
     import kdcli.api as api
 

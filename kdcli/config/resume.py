@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 REFUSED_IN_FREE = ("run.seed",)
-FREE = ("run", "report", "evaluation", "launch", "optimize", "engine.collective_timeout")
+FREE = ("run", "report", "evaluation", "launch", "optimize", "engine.collective_timeout", "augment", "budget", "terms")
+OF_WRITERS = (  # how a writer is asked and what that costs, but not who is asked, nor what for
+    "api_key_env", "concurrency", "batch", "timeout", "deadline", "retries", "price_prompt", "price_completion"
+)  # fmt: skip
 WARN = ("optimizer", "lr_schedule", "engine", "batch.micro_size")
 
 
@@ -48,7 +51,9 @@ MISSING = object()
 def _list_of(key: str, changes: Changes) -> list[str]:
     if _under(key, REFUSED_IN_FREE):
         return changes.refusals
-    if _under(key, FREE):
+    if _under(key, FREE) or (
+        key.startswith("writer.") and key.rpartition(".")[2] in OF_WRITERS and key.count(".") == 2
+    ):
         return changes.free
     return changes.warnings if _under(key, WARN) else changes.refusals
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,9 +27,10 @@ COMPONENTS = {  # section -> the interface in kdcli.api its `_target_` implement
 THIRD_PARTY = ("optimizer", "lr_schedule")
 TERMS = ("objective", "evaluation", "report", "augmentation", "writer")  # mappings: a name you choose -> component
 SECTIONS = {
-    "distill": ("run", "batch", "probe", *COMPONENTS, *THIRD_PARTY, "optimize"),
+    "distill": ("run", "batch", "probe", *COMPONENTS, *THIRD_PARTY, "optimize", "augment", "budget", "terms"),
     "evaluate": ("run", "batch", "teacher", "student", "evaluation", "report", "engine", "launch"),
     "cache": ("run", "batch", "cache", "teacher", "student", "data", "report", "engine", "launch"),
+    "augment": ("run", "augment", "budget", "terms", "data", "writer", "augmentation", "report", "launch"),
 }
 
 
@@ -115,8 +117,46 @@ class Cache:
     shard_mib: int = at_least(1, 64)
 
 
+@dataclass(frozen=True, kw_only=True)
+class AugmentRun:
+    """The section `run` of an augmentation."""
+
+    name: str
+    dir: str
+    seed: int = 0
+    resume: Literal["auto", "never"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augment:
+    """The section `augment`: how a pipeline of augmentation runs."""
+
+    answers: str = "caches/answers.sqlite"  # the store of all that writers have answered
+    max_failed_fraction: float = at_least(0, 0.1)  # of a step's requests; more that fail end the run
+    plan_rows: int = at_least(2, 200)  # of the data, that a dry run looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The section `budget`: what a run folder may spend, over all its continuations."""
+
+    max_cost: float | None = at_least(0, None)
+    max_calls: int | None = at_least(0, None)
+    max_tokens: int | None = at_least(0, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """The section `terms`: what the result is for, as declared, and which conditions are met."""
+
+    use: str | None = None
+    acknowledged: Sequence[str] = ()
+
+
+OF_AUGMENTATION = {"augment": Augment, "budget": Budget, "terms": Terms}
 SCHEMAS = {
-    "distill": {"run": Run, "batch": Batch, "probe": Probe},
+    "distill": {"run": Run, "batch": Batch, "probe": Probe, **OF_AUGMENTATION},
     "evaluate": {"run": EvaluateRun, "batch": EvaluateBatch},
     "cache": {"run": EvaluateRun, "batch": CacheBatch, "cache": Cache},
+    "augment": {"run": AugmentRun, **OF_AUGMENTATION},
 }

@@ -20,6 +20,7 @@ from kdcli.api import (
     StudentInit,
     Teacher,
 )
+from kdcli.config import augmented
 from kdcli.config.build import build, build_schedules, build_terms, optimizer_factory, schedule_factory
 from kdcli.errors import ConfigError
 from kdcli.store import atomic, blueprint
@@ -148,7 +149,9 @@ def _rows(
     """Each domain's training rows, its held-out ones if something is to be measured on them, and its content's hash."""
     batch, probe = config["batch"], config.get("probe") or {}
     lengths = {key: batch[key] for key in ("max_length", "overflow")}
-    rows, counts = encode(build(config["data"], Data), tokenizer, packing=batch["packing"], **lengths, **told)
+    rows, counts = encode(
+        build(augmented.data_of(run_dir, config), Data), tokenizer, packing=batch["packing"], **lengths, **told
+    )
     log.info("data: %s", counts)
     if rank == 0:
         atomic.write_json(run_dir / "data_report.json", asdict(counts)["domains"])

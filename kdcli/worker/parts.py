@@ -13,6 +13,7 @@ import xxhash
 
 from kdcli.api import Engine
 from kdcli.config.build import build
+from kdcli.config.resume import FREE
 from kdcli.store import status
 from kdcli.train import state
 
@@ -41,7 +42,7 @@ def close(reporters: Any) -> None:
 
 def digest(config: Mapping[str, Any]) -> str:
     """A hash of all that a continuation may not change."""
-    fixed = {key: value for key, value in config.items() if key not in ("run", "report", "evaluation", "launch")}
+    fixed = {key: value for key, value in config.items() if key not in FREE}
     return xxhash.xxh3_128_hexdigest(json.dumps(fixed, sort_keys=True).encode())
 
 
@@ -58,4 +59,5 @@ def change_status(
 
 
 def resumable(run_dir: Path) -> bool:
-    return any((run_dir / "checkpoints").glob("step-*"))
+    """Whether there is a checkpoint, or a step of an augmentation, to go on from."""
+    return any((run_dir / "checkpoints").glob("step-*")) or any((run_dir / "steps").glob("*"))

@@ -20,12 +20,18 @@ from kdcli.store import atomic, failures, status
 from kdcli.store import log as run_log
 from kdcli.store.lock import RunLock
 from kdcli.train.interrupt import Interrupt
-from kdcli.worker import cache, distill, evaluate, export
+from kdcli.worker import augment, cache, distill, evaluate, export
 from kdcli.worker.parts import change_status, resumable
 
 log = logging.getLogger(__name__)
 
-VERBS = {"distill": distill.work, "evaluate": evaluate.work, "export": export.work, "cache": cache.work}
+VERBS = {
+    "distill": distill.work,
+    "augment": augment.work,
+    "evaluate": evaluate.work,
+    "export": export.work,
+    "cache": cache.work,
+}
 LOST_PEER = re.compile(
     r"connection (closed|reset)|timed out|broken pipe|socket (closed|error)|peer|NCCL|gloo", re.IGNORECASE
 )

@@ -1,0 +1,123 @@
+"""`kdcli augment … --dry-run`: calls, tokens, cost, hosts, budget and terms of an augmentation, before it asks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from kdcli.command import warned
+from kdcli.config import augmented
+from kdcli.config.check import check
+from kdcli.config.environment import expand
+from kdcli.config.terms import declared_of
+from kdcli.pipeline.plan import Estimate, Plan
+from kdcli.report._numbers import number
+
+
+def show(config: dict[str, Any]) -> int:
+    """Print the plan; returns exit code 0. Raises ConfigError as a run would; makes no run folder and asks nobody."""
+    check(config)
+    warned.tell(config)
+    pipeline = augmented.pipeline_of(config, Path(expand(config["run"]["dir"])).expanduser())
+    plan = pipeline.plan(augmented.settings_of(config).plan_rows)
+    priced = any(writer.price_prompt or writer.price_completion for writer in pipeline.writers.values())
+    console = Console(highlight=False)
+    console.print(_table(plan, priced))
+    for line in _facts(config, pipeline, plan, priced):
+        console.print(Text(line), soft_wrap=True)
+    sys.stdout.flush()
+    return 0
+
+
+def _table(plan: Plan, priced: bool) -> Table:
+    about = "" if plan.exact else f", estimated from {plan.tried:,} of {plan.seeds:,} rows"
+    table = Table(title=f"plan{about}", title_justify="left", title_style="bold", header_style="bold", show_footer=True)
+    total = plan.total
+    table.add_column("step", footer="all", overflow="fold")
+    table.add_column("rows", justify="right")
+    table.add_column("writer", overflow="fold")
+    table.add_column("calls", footer=f"{total.calls:,}", justify="right")
+    table.add_column("stored", footer=f"{total.stored:,}", justify="right")
+    table.add_column("tokens in", footer=number(total.prompt_tokens), justify="right")
+    table.add_column("tokens out (at most)", footer=_out(total), justify="right")
+    if priced:
+        table.add_column("cost (at most)", footer=_cost(total), justify="right")
+    for step in plan.steps:
+        rows = f"{step.rows_in:,} > {step.rows_out:,}"
+        if step.done:
+            table.add_row(step.name, rows, "done before")
+            continue
+        for place, (name, one) in enumerate((step.writers or {"": None}).items()):
+            head = (step.name, rows) if place == 0 else ("", "")
+            if one is None:
+                table.add_row(*head)
+                continue
+            cells = [name, f"{one.calls:,}", f"{one.stored:,}", number(one.prompt_tokens), _out(one)]
+            table.add_row(*head, *cells, *([_cost(one)] if priced else []))
+    return table
+
+
+def _facts(config: Mapping[str, Any], pipeline: Any, plan: Plan, priced: bool) -> list[str]:
+    asked = {name for step in plan.steps for name in step.writers}
+    lines = []
+    for step in plan.steps:
+        if step.aside and not step.done:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in step.aside.items())
+            lines.append(f"aside:  {step.name} would set aside of the {plan.tried:,} rows tried: {reasons}")
+    hosts = [
+        f"{name}: {writer.model} at {writer.endpoint}" for name, writer in pipeline.writers.items() if name in asked
+    ]
+    lines.append(f"asked:  {'; '.join(hosts) or 'nobody'}")
+    if asked and not priced:
+        lines.append("cost:   no writer has a price; set writer.NAME.price_prompt and price_completion, of 1e6 tokens")
+    lines.append(f"budget: {_budget(config, plan)}")
+    declared = declared_of(config)
+    known = f", acknowledged {', '.join(declared.acknowledged)}" if declared.acknowledged else ""
+    lines.append(
+        f"terms:  use={declared.use}{known}: nothing conflicts"
+        if declared.use
+        else "terms:  no use is declared (terms.use), so nothing is refused"
+    )
+    lines.append("filters keep every row in a plan, so steps after one ask less than it says" if asked else "")
+    return [line for line in lines if line]
+
+
+def _budget(config: Mapping[str, Any], plan: Plan) -> str:
+    """Whether the limits hold what is planned, with what the run folder has spent."""
+    limits = {key: value for key, value in (config.get("budget") or {}).items() if value is not None}
+    if not limits:
+        return "no limit is set (budget.max_cost, max_calls, max_tokens)"
+    total, spent = plan.total, plan.spent
+    most = None if total.completion_tokens_most is None else total.prompt_tokens + total.completion_tokens_most
+    planned: dict[str, tuple[float, float, float | None]] = {  # spent, expected, at most
+        "max_calls": (spent.calls, total.calls, total.calls),
+        "max_tokens": (spent.tokens, total.prompt_tokens + total.completion_tokens, most),
+        "max_cost": (spent.cost, total.cost, total.cost_most),
+    }
+    told = []
+    for key, limit in limits.items():
+        before, expected, at_most = planned[key]
+        if before + expected > limit:
+            verdict = f"too little: {number(before + expected)} are expected, and the run stops there"
+        elif at_most is None or before + at_most > limit:
+            verdict = "enough for what is expected, not for the longest answers"
+        else:
+            verdict = "enough"
+        told.append(f"{key}={limit:,} is {verdict}")
+    return "; ".join(told)
+
+
+def _out(one: Estimate) -> str:
+    most = "no limit" if one.completion_tokens_most is None else number(one.completion_tokens_most)
+    return f"{number(one.completion_tokens)} ({most})"
+
+
+def _cost(one: Estimate) -> str:
+    most = "no limit" if one.cost_most is None else f"{one.cost_most:,.4g}"
+    return f"{one.cost:,.4g} ({most})"
