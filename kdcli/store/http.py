@@ -127,9 +127,7 @@ class Client:
         self.key_header = key_header
         self._connections = Connections(self.server, kept=concurrency)
         self._path = quote(urlsplit(self.server.url).path.rstrip("/"), safe="/%:@!$&'()*+,;=~")
-        self._host = (
-            urlsplit(self.server.url).netloc.encode("idna" if not self.server.url.isascii() else "ascii").decode()
-        )
+        self._host = urlsplit(self.server.url).netloc.encode("idna").decode("ascii")
 
     def ask(
         self,
@@ -149,7 +147,7 @@ class Client:
         try:
             return self._once(question, read, begun)
         except UnansweredError as error:
-            first = [error]
+            last = error
         given_up = given_up or threading.Event()
 
         ended = stop_any(stop_after_attempt(tries), stop_when_event_set(given_up))
@@ -161,11 +159,18 @@ class Client:
             before_sleep=lambda state: self._tell(state, tries),
             reraise=True,
         )
+        tried = 0
 
         def again() -> T:
-            if first:
-                raise first.pop()
-            return self._once(question, read, begun)
+            nonlocal last, tried
+            tried += 1
+            if tried == 1 or given_up.is_set():
+                raise last
+            try:
+                return self._once(question, read, begun)
+            except UnansweredError as error:
+                last = error
+                raise
 
         try:
             return trying(again)
@@ -227,6 +232,8 @@ class Client:
         if status < 300:
             return
         said = self._words(reply.content)
+        if status == 429 and b"insufficient_quota" in reply.content[:65536]:  # OpenAI's word for an empty account
+            raise RefusedError(self._no(402, question.path, said), 402, said)
         if status in AGAIN:
             told = f"HTTP {status}{said and f' ({said})'}"
             raise _TryAgainError(told, f"HTTP {status}", _retry_after(reply.headers))
@@ -281,6 +288,8 @@ class Client:
         told = f"{self.where}: {self.server.name} refuses /{path.lstrip('/')} with HTTP {status}{said and f' ({said})'}"
         if status in (401, 403):
             return f"{told}; name the variable that holds its key in {self.where}.api_key_env"
+        if status == 402:
+            return f"{told}; the account has no credit left"
         if status == 404:
             return f"{told}; check {self.where}.url (it often ends in /v1) and {self.where}.model"
         return told
