@@ -182,5 +182,7 @@ def run_id(folder: Path, *, make: bool) -> str | None:
     if not file.exists():
         if not make:
             return None
+        for torn in folder.glob(f".{RUN}.*.tmp"):  # of a start that was killed
+            torn.unlink()
         atomic.write_text(file, uuid.uuid4().hex + "\n")
     return file.read_text().strip()

@@ -189,7 +189,7 @@ class Responses:
 
     @property
     def _spare(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.{os.getpid()}.spare")
+        return self.path.with_name(f".{self.path.name}.spare")
 
     def _make(self) -> None:
         try:
