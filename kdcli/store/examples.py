@@ -215,10 +215,12 @@ def load_example(line: bytes, *, where: str = "") -> Example:
 
 
 def content_key(example: Example) -> str:
-    """A hash of what the example says, whatever its domain, weight or provenance."""
+    """A hash of what the example says, whatever its domain, weight or provenance; of a seed that says nothing yet,
+    of its `meta`."""
     content = {name: getattr(example, name) for name in CONTENT if getattr(example, name) is not None}
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return xxhash.xxh3_128_hexdigest(text.encode())
+    said = content or {"meta": example.meta}
+    text = json.dumps(said, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode(errors="surrogatepass"))
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str, first: bool) -> dict[str, Any]:
