@@ -156,8 +156,9 @@ def test_the_disk_is_not_filled(ran):
 
 def test_a_fork_bomb_leaves_nothing():
     """With a filter there is no second process; without it (next test) there are few."""
+    before = processes()
     result = run_python("import os\nwhile True: os.fork()", seconds=0.3)
-    assert result.why == "raised PermissionError" and not processes()
+    assert result.why == "raised PermissionError" and processes() <= before
     assert not run_python("import subprocess; subprocess.run(['/bin/true'])").ok
     assert not run_python("import multiprocessing as m; p = m.Process(target=print); p.start()").ok
 
@@ -176,12 +177,13 @@ except OSError:
     print(count, flush=True)
 time.sleep(60)
 """
+    before = processes()
     try:
         result = _sandbox._run(source, "", 0.3, 256, ("namespaces", "account"))[0]
     except ConfigError as error:
         pytest.skip(str(error))
     assert result.why == "out of time" and 0 < int(result.output) <= 32
-    assert not processes()
+    assert processes() <= before
 
 
 def test_a_bomb_of_threads_is_bounded(ran):
@@ -209,10 +211,11 @@ def test_it_cannot_signal_us(ran):
 
 def test_it_dies_with_who_asked_for_it():
     """A run that is killed leaves no program behind that goes on for the rest of its minute."""
+    before = processes()
     code = "from kdcli.augmentation._sandbox import run_python; run_python('while True: pass', seconds=60)"
     with subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"}) as asked:
         until = time.monotonic() + 60
-        while len(started := processes()) < 3 and time.monotonic() < until:
+        while len(started := processes() - before) < 3 and time.monotonic() < until:
             time.sleep(0.02)
         assert len(started) >= 3
         asked.kill()
@@ -222,11 +225,10 @@ def test_it_dies_with_who_asked_for_it():
 
 
 def test_nothing_is_left_after_a_run(ran):
+    before = processes()  # living and dead
     ran("print(1)")
     ran("while True: pass", seconds=0.1)
-    assert not processes()
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    assert processes() <= before
 
 
 def test_nothing_runs_where_the_network_cannot_be_shut():
