@@ -26,7 +26,7 @@ def stats(path: str) -> int:
     for kind, count in facts["remembered"].items():
         table.add_row("remembered", f"{count:,} of {kind}")
     table.add_row("spent", f"{facts['cost']:,.4g} by {facts['runs']:,} run folders")
-    table.add_row("size", f"{facts['bytes'] / 2**20:,.1f} MiB")
+    table.add_row("size", f"{facts['bytes'] / 2**20:,.2f} MiB")
     Console(highlight=False).print(table)
     return 0
 

@@ -17,7 +17,7 @@ from kdcli.config.check import check
 from kdcli.config.environment import expand
 from kdcli.config.terms import declared_of
 from kdcli.pipeline.plan import Estimate, Plan
-from kdcli.report._numbers import number
+from kdcli.report._numbers import count, money
 
 
 def show(config: dict[str, Any]) -> int:
@@ -37,30 +37,35 @@ def show(config: dict[str, Any]) -> int:
 
 def _table(plan: Plan, priced: bool) -> Table:
     about = "" if plan.exact else f", estimated from {plan.tried:,} of {plan.seeds:,} rows"
-    table = Table(title=f"plan{about}", title_justify="left", title_style="bold", header_style="bold", show_footer=True)
-    total = plan.total
+    look: dict[str, Any] = {"box": None, "show_footer": True, "padding": (0, 2, 0, 0), "title_justify": "left"}
+    table = Table(title=f"plan{about}", title_style="bold", header_style="bold", footer_style="bold", **look)
     table.add_column("step", footer="all", overflow="fold")
-    table.add_column("rows", justify="right")
+    table.add_column("rows", justify="right", no_wrap=True)
     table.add_column("writer", overflow="fold")
-    table.add_column("calls", footer=f"{total.calls:,}", justify="right")
-    table.add_column("stored", footer=f"{total.stored:,}", justify="right")
-    table.add_column("tokens in", footer=number(total.prompt_tokens), justify="right")
-    table.add_column("tokens out (at most)", footer=_out(total), justify="right")
-    if priced:
-        table.add_column("cost (at most)", footer=_cost(total), justify="right")
+    names = ("calls", "stored", "tokens", "written", "at most", *(("cost", "at most") if priced else ()))
+    for name, total in zip(names, _cells(plan.total, priced), strict=True):
+        table.add_column(name, footer=total, justify="right", no_wrap=True)
     for step in plan.steps:
-        rows = f"{step.rows_in:,} > {step.rows_out:,}"
+        head = (step.name, f"{step.rows_in:,}")
         if step.done:
-            table.add_row(step.name, rows, "done before")
-            continue
-        for place, (name, one) in enumerate((step.writers or {"": None}).items()):
-            head = (step.name, rows) if place == 0 else ("", "")
-            if one is None:
-                table.add_row(*head)
-                continue
-            cells = [name, f"{one.calls:,}", f"{one.stored:,}", number(one.prompt_tokens), _out(one)]
-            table.add_row(*head, *cells, *([_cost(one)] if priced else []))
+            table.add_row(*head, "(done)")
+        elif not step.writers:
+            table.add_row(*head)
+        for name, one in step.writers.items():
+            table.add_row(*head, name, *_cells(one, priced))
+            head = ("", "")
     return table
+
+
+def _cells(one: Estimate, priced: bool) -> list[str]:
+    tokens = [one.prompt_tokens, one.completion_tokens, one.completion_tokens_most]
+    cost = [one.cost, one.cost_most]
+    return [
+        f"{one.calls:,}",
+        f"{one.stored:,}",
+        *("no limit" if value is None else count(value) for value in tokens),
+        *("no limit" if value is None else money(value) for value in (cost if priced else ())),
+    ]
 
 
 def _facts(config: Mapping[str, Any], pipeline: Any, plan: Plan, priced: bool) -> list[str]:
@@ -84,7 +89,7 @@ def _facts(config: Mapping[str, Any], pipeline: Any, plan: Plan, priced: bool) -
         if declared.use
         else "terms:  no use is declared (terms.use), so nothing is refused"
     )
-    lines.append("filters keep every row in a plan, so steps after one ask less than it says" if asked else "")
+    lines.append("note:   filters keep every row in a plan, so what follows one will be asked less" if asked else "")
     return [line for line in lines if line]
 
 
@@ -102,22 +107,13 @@ def _budget(config: Mapping[str, Any], plan: Plan) -> str:
     }
     told = []
     for key, limit in limits.items():
+        told_as = money if key == "max_cost" else count
         before, expected, at_most = planned[key]
         if before + expected > limit:
-            verdict = f"too little: {number(before + expected)} are expected, and the run stops there"
+            verdict = f"too little: {told_as(before + expected)} is expected, and the run stops at the limit"
         elif at_most is None or before + at_most > limit:
             verdict = "enough for what is expected, not for the longest answers"
         else:
             verdict = "enough"
         told.append(f"{key}={limit:,} is {verdict}")
     return "; ".join(told)
-
-
-def _out(one: Estimate) -> str:
-    most = "no limit" if one.completion_tokens_most is None else number(one.completion_tokens_most)
-    return f"{number(one.completion_tokens)} ({most})"
-
-
-def _cost(one: Estimate) -> str:
-    most = "no limit" if one.cost_most is None else f"{one.cost_most:,.4g}"
-    return f"{one.cost:,.4g} ({most})"

@@ -11,13 +11,15 @@ from typing import Any
 import filelock
 import yaml
 
+from kdcli.api import Data
 from kdcli.command import manifest
-from kdcli.config import augmented
+from kdcli.config import augmented, terms
+from kdcli.config.build import build
 from kdcli.config.check import check
 from kdcli.config.schema import SECTIONS
 from kdcli.errors import ConfigError, DataError
 from kdcli.launch.torchrun import Torchrun
-from kdcli.store import atomic, status
+from kdcli.store import atomic, provenance, status
 from kdcli.store.content import file_hash
 
 FOLDER = "augmented"  # beside the store of answers
@@ -30,7 +32,7 @@ def prepare(run_dir: Path, config: Mapping[str, Any], *, has_results: bool) -> i
     would now make others, or where the distillation cannot use what was made; DataError where it cannot read it.
     """
     known = augmented.note_of(run_dir)
-    if not (has_results and known and _intact(known)):
+    if not (has_results and known and _intact(Path(known["rows"]), known)):
         pipeline = augmented.pipeline_of(config, _base(config))
         key = pipeline.key()
         if has_results and known and known["key"] != key:
@@ -48,13 +50,21 @@ def prepare(run_dir: Path, config: Mapping[str, Any], *, has_results: bool) -> i
     return 0
 
 
+def carried(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Note in a run's manifest what its JSONL data say of sources, licences and writers."""
+    files = terms.jsonl_files(build(config["data"], Data))
+    found = provenance.joined(map(provenance.of_file, files))
+    if found.says_something:
+        manifest.add(run_dir, {"provenance": provenance.described(found)})
+
+
 def _base(config: Mapping[str, Any]) -> Path:
     return augmented.answers_of(config).parent / FOLDER
 
 
-def _intact(known: Mapping[str, Any]) -> bool:
+def _intact(rows: Path, known: Mapping[str, Any]) -> bool:
     try:
-        return file_hash(Path(known["rows"])) == known["hash"]
+        return file_hash(rows) == known.get("hash")
     except OSError:
         return False
 
@@ -72,7 +82,8 @@ def _made(folder: Path, run_dir: Path, config: Mapping[str, Any]) -> int:
         print(f"rows: another run makes the same; waiting for it ({folder})", flush=True)
         lock.acquire()
     try:
-        if status.read(folder).get("state") == "done" and (folder / "rows.jsonl").is_file():
+        made = manifest.read(folder).get("augmentation") or {}
+        if status.read(folder).get("state") == "done" and _intact(folder / "rows.jsonl", made):
             print(f"rows: {folder / 'rows.jsonl'}, made before", flush=True)
             return 0
         print(f"rows: made in {folder}", flush=True)

@@ -55,10 +55,12 @@ def start(config: dict[str, Any], *, overrides: Sequence[str], timed: bool = Fal
     with _lock(folder.path, config):
         write(folder.path, config, overrides)
     print(f"run: {folder.path}", flush=True)
-    if config["verb"] == "distill" and any((config.get("augmentation") or {}).values()):
-        from kdcli.command import rows  # here, because it imports the pipeline
+    if config["verb"] == "distill":
+        from kdcli.command import rows  # here, because it imports torch
 
-        if code := rows.prepare(folder.path, config, has_results=_has_results(folder.path)):
+        if not any((config.get("augmentation") or {}).values()):
+            rows.carried(folder.path, config)
+        elif code := rows.prepare(folder.path, config, has_results=_has_results(folder.path)):
             return code
     launcher = build(config["launch"], Launcher)
     return launcher(folder.path, isolate=isolate)

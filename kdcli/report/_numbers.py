@@ -35,3 +35,15 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(max(0, round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def money(value: float) -> str:
+    """12.34, and what is below a tenth with two digits that matter."""
+    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}" if value >= 1e-4 else f"{value:.1e}"
+
+
+def count(value: float) -> str:
+    """1,234 and 30.7k, 1.3M."""
+    if value >= 1e9:
+        return f"{value / 1e9:.1f}G"
+    return f"{value:,.0f}" if value < 1e4 else f"{value / 1e3:,.1f}k" if value < 1e6 else f"{value / 1e6:.1f}M"

@@ -76,6 +76,15 @@ def terms_in(summary: Summary) -> Iterator[tuple[str, str, terms.Terms]]:
         yield "teacher", who, terms_of_entry(entry)
 
 
+def described(summary: Summary, prompts: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """For manifests: the summary, each writer with its row of the table of terms, and the names of prompts by hash."""
+    written = [
+        {**one, "prompt": (prompts or {}).get(one["template"], ""), "terms_row": terms_of_entry(one).record()}
+        for one in summary.written
+    ]
+    return {"rows": summary.rows, "sources": summary.sources, "licences": summary.licences, "written": written}
+
+
 def terms_of_entry(entry: Mapping[str, Any]) -> terms.Terms:
     """Of one entry of `meta.written`: by its tag, as far as the table here has its rows, else by teacher and place."""
     parts = [part for part in str(entry.get("terms") or "").split("+") if part]

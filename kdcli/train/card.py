@@ -38,7 +38,7 @@ TEXT = """\
 
 {terms}
 
-## Use
+{data}## Use
 
 ```python
 from transformers import {auto}, AutoTokenizer
@@ -72,6 +72,7 @@ def text(
             facts="\n".join(f"| {key} | {value} |" for key, value in _facts(config, lines, step).items()),
             numbers=_numbers(lines),
             terms=_terms(licences),
+            data=_data_and_terms(manifest),
             auto=auto,
             path=path,
             command=manifest.get("command") or "kdcli distill",
@@ -162,6 +163,43 @@ def _one_licence(licences: Mapping[str, str]) -> str:
         return "unknown"
     [*one] = named
     return one[0].lower() if len(one) == 1 and LICENCE_ID.fullmatch(one[0]) else "other"
+
+
+def _data_and_terms(manifest: Mapping[str, Any]) -> str:
+    """Where its rows come from and who wrote them, as the rows say; what the terms of these ask for."""
+    made = manifest.get("augmentation") or manifest.get("provenance") or {}
+    if not made.get("written") and not made.get("licences"):
+        return ""
+    writers = [
+        f"- {entry['rows']:,} rows by {entry['teacher'] or 'an unknown model'} at "
+        f"{entry['endpoint'] or 'an unknown place'} (step {entry['step']}, terms {entry.get('terms') or 'unknown'})"
+        for entry in made.get("written") or ()
+    ]
+    rules = dict.fromkeys(
+        rule
+        for entry in made.get("written") or ()
+        for rule in ((entry.get("terms_row") or {}).get(key) for key in ("attribution", "naming"))
+        if rule
+    )
+    declared = (manifest.get("terms") or {}).get("use")
+    lines = [
+        "## Data and terms",
+        "",
+        f"{made.get('rows', 0):,} rows. Sources: {_counts(made.get('sources'))}. "
+        f"Licences: {_counts(made.get('licences'))}.",
+        "" if writers else None,
+        *writers,
+        "" if rules else None,
+        *(f"- asked for by the terms: {rule}" for rule in rules),
+        "",
+        f"Declared use: {declared or 'none'}. This is a record of what was found, and no legal advice.",
+        "",
+    ]
+    return "\n".join([line for line in lines if line is not None] + [""])
+
+
+def _counts(counts: Mapping[str, int] | None) -> str:
+    return ", ".join(f"{name} ({count:,})" for name, count in (counts or {}).items()) or "unstated"
 
 
 def _terms(licences: Mapping[str, str]) -> str:

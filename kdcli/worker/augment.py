@@ -15,6 +15,7 @@ from kdcli.pipeline.budget import BudgetError
 from kdcli.pipeline.pipeline import Pipeline
 from kdcli.pipeline.progress import Outcome
 from kdcli.store import atomic, provenance
+from kdcli.store.content import file_hash
 from kdcli.store.terms import NO_ADVICE
 from kdcli.train.interrupt import Interrupt
 from kdcli.worker.parts import change_status
@@ -34,8 +35,9 @@ def work(run_dir: Path, config: Mapping[str, Any], interrupt: Interrupt) -> None
         told = f"{where}; what was answered is stored, and is not asked again; go on with: {again}"
         raise Interrupted(interrupt.received, told) from None
     except BudgetError as error:
-        done = shown.finished()
-        raise KDError(f"{error}. {done}. Go on with: {again} budget.max_…=MORE") from None
+        what, _, _ = str(error).partition("; raise")
+        limit = what.partition("=")[0]
+        raise KDError(f"{what}; {shown.finished()}; go on with: {again} {limit}=MORE") from None
     finally:
         shown.close()
     _note(run_dir, pipeline, outcome)
@@ -64,20 +66,12 @@ def _note(run_dir: Path, pipeline: Pipeline, outcome: Outcome) -> None:
 def summary(pipeline: Pipeline, outcome: Outcome) -> dict[str, Any]:
     """Rows by source, licence and writer, steps with what they set aside, and what all of it cost."""
     names = {one.hash: one.name for step in pipeline.steps.values() for one in _prompts(step)}
-    found = provenance.of_file(outcome.rows)
-    written = [
-        entry
-        | {"template_name": names.get(entry["template"], ""), "terms_row": provenance.terms_of_entry(entry).record()}
-        for entry in found.written
-    ]
     return {
         "key": outcome.key,
-        "rows": outcome.count,
+        "hash": file_hash(outcome.rows),
+        **provenance.described(provenance.of_file(outcome.rows), names),
         "forms": dict(outcome.forms),
         "unreadable": dict(outcome.unreadable),
-        "sources": found.sources,
-        "licences": found.licences,
-        "written": written,
         "steps": [asdict(step) for step in outcome.steps],
         "spent": asdict(outcome.spent),
         "answers": str(pipeline.answers),

@@ -17,7 +17,7 @@ from rich.text import Text
 from kdcli.api import Reporter
 from kdcli.config.build import build_terms
 from kdcli.pipeline.progress import Outcome, Progress, StepOutcome
-from kdcli.report._numbers import clock
+from kdcli.report._numbers import clock, money
 from kdcli.store import metrics
 from kdcli.worker.parts import close
 
@@ -67,8 +67,8 @@ class Shown:
         """Which steps are done, in a sentence."""
         progress = self._line.progress
         if progress is None or progress.number == 1:
-            return "No step is finished"
-        return f"{progress.number - 1} of {progress.steps} steps are finished, {progress.step} is not"
+            return "no step is finished yet"
+        return f"{progress.number - 1} of {progress.steps} steps are finished, {progress.step} is begun"
 
     def close(self) -> None:
         """Take the line off the terminal, and end the reporters."""
@@ -230,8 +230,3 @@ def table(steps: Sequence[StepOutcome], *, priced: bool) -> Table:
         cost = [money(spent.cost) if step.asked or spent.calls else ""] if priced else []
         shown.add_row(f"{step.name}{' (done before)' if step.reused else ''}", *numbers, aside, *paid, *cost)
     return shown
-
-
-def money(value: float) -> str:
-    """12.34, and what is below a hundredth with two digits that matter."""
-    return f"{value:,.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}" if value >= 1e-4 else f"{value:.1e}"
