@@ -69,7 +69,8 @@ class LM:
         return draft.text[:start], draft.text[start:end]
 
     def scores(self, desk: Desk, texts: Sequence[Text]) -> list[Scored | None]:
-        """Of each text; None for one that has no token, or no finite number. Each is computed once per weights, as `desk` remembers them."""
+        """Of each text; None for one that has no token, or no finite number. Each is computed once per weights, as
+        `desk` remembers them."""
         found = once(desk, self._kind, texts, self._computed)
         return [Scored(logprob, tokens) if tokens else None for logprob, tokens in found]
 
