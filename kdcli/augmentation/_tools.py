@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import xxhash
 
 from kdcli.api import Desk
+from kdcli.augmentation._programs import program_in, run_all
 from kdcli.errors import ConfigError
 from kdcli.store import paths
 
@@ -42,6 +43,9 @@ class Tool(ABC):
     def fingerprint(self) -> str:
         """A hash of the files it reads."""
         return ""
+
+    def prepare(self, texts: Sequence[str]) -> None:
+        """Called with all inputs of a turn before they are called one by one, for what is faster together."""
 
     @abstractmethod
     def __call__(self, text: str, state: State) -> str:
@@ -73,7 +77,7 @@ class Calculator(Tool):
 
 
 class Python(Tool):
-    """A program in the sandbox; a program runs once, and its output is remembered over crashes and runs."""
+    """A program in the sandbox; it runs once, and what it printed is remembered over crashes and runs."""
 
     name = "python"
     description = "runs a Python program and returns what it prints"
@@ -82,25 +86,23 @@ class Python(Tool):
         self.seconds = seconds
         self.memory_mib = memory_mib
 
+    def prepare(self, texts: Sequence[str]) -> None:
+        run_all(self.desk, [(source, "") for text in texts if (source := program_in(text))], *self._limits)
+
     def __call__(self, text: str, state: State) -> str:
         del state
-        fenced = re.search(r"```[ \t]*\w*[^\n]*\n(.*?)```", text, re.DOTALL)
-        source = fenced[1] if fenced else text.strip().strip("`")
-        if not source.strip():
-            raise ToolError("there is no program")
-        key = xxhash.xxh3_128_hexdigest(source.encode("utf-8", "replace"))
-        kind = f"tool/python/{self.seconds:g}/{self.memory_mib}"
-        output, error = self.desk.remember(kind, [key], lambda _: [self._run(source)])[0]
-        if error:
-            raise ToolError(error)
-        return output or "(it printed nothing)"
+        source = program_in(text)
+        if source is None:
+            raise ToolError("there is no program in Python")
+        ran = run_all(self.desk, [(source, "")], *self._limits)[0]
+        if ran.ok:
+            return ran.output.strip() or "(it printed nothing)"
+        last = ran.error.strip().splitlines()[-1:]
+        raise ToolError("; ".join([ran.why, *last]))
 
-    def _run(self, source: str) -> list[str]:
-        from kdcli.augmentation._sandbox import run_python
-
-        ran = run_python(source, seconds=self.seconds, memory_mib=self.memory_mib)
-        last = next(iter(ran.error.strip().splitlines()[-1:]), "")
-        return [ran.output.strip()[: 4 * SHOWN], "" if ran.ok else f"{ran.why}: {last}" if last else ran.why]
+    @property
+    def _limits(self) -> tuple[float, int]:
+        return self.seconds, self.memory_mib
 
 
 class Search(Tool):
@@ -181,11 +183,11 @@ def built(names: Sequence[str], *, documents: str | None, seconds: float, memory
     return {name: made[name]() for name in names}
 
 
-def called(tools: Mapping[str, Tool], name: str, text: str, state: State) -> str:
-    """What an agent sees of a call: the observation, or what was wrong with it."""
+def called(tools: Mapping[str, Tool], name: str, text: str, state: State, names: Sequence[str] = ()) -> str:
+    """What an agent sees of a call: the observation, or what was wrong with it. `names`: of all tools there are."""
     tool = tools.get(name.strip().lower())
     if tool is None:
-        return f"Error: there is no tool {name.strip()[:40]!r}; the tools are {', '.join(tools)}"
+        return f"Error: there is no tool {name.strip()[:40]!r}; the tools are {', '.join(names or tools)}"
     try:
         return cut(tool(text, state))
     except ToolError as error:

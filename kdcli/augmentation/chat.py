@@ -27,6 +27,8 @@ class Chat(Talking):
     system message.
     """
 
+    main = "assistant"
+
     def __init__(
         self,
         *,

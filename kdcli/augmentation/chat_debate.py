@@ -24,6 +24,8 @@ class ChatDebate(Talking):
 
     extra = (*Talking.extra, "side")
 
+    main = "pro"
+
     def __init__(
         self,
         *,

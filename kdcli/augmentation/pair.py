@@ -96,12 +96,11 @@ def _best(rows: Sequence[Example], *, sign: int = 1, needed: bool = False) -> Ex
 def preference(chosen: Example, rejected: Example) -> Example:
     """The pair as one row, of the provenance of both."""
     both = (chosen, rejected)
-    meta: dict[str, Any] = {
-        name: chosen.meta[name] for name in ("id", "source", "license", "terms") if name in chosen.meta
-    }
-    licences = sorted({str(row.meta["license"]) for row in both if row.meta.get("license")})
-    if len(licences) > 1:
-        meta["license"] = licences
+    meta: dict[str, Any] = {name: chosen.meta[name] for name in ("id", "source", "terms") if name in chosen.meta}
+    found = (row.meta.get("license") for row in both)
+    licences = sorted({str(one) for each in found if each for one in (each if isinstance(each, list) else [each])})
+    if licences:
+        meta["license"] = licences[0] if len(licences) == 1 else licences
     meta["parents"] = [content_key(row) for row in both]
     written: list[Mapping[str, Any]] = []
     for row in both:

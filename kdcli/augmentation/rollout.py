@@ -12,6 +12,10 @@ from kdcli.augmentation._grouped import Grouped, Heard, demand, group_key
 from kdcli.errors import ConfigError
 from kdcli.store.examples import content_key
 
+OF_ANSWER = frozenset(  # what `meta` says of the answer that is there, and not of another one to the same prompt
+    {"rationale", "critique", "draft", "chain", "correct", "output", "error", "share", "reason", "comparisons"}
+)
+
 
 class RolloutSettings(TypedDict, total=False):
     """Settings of every step that asks, but for `writer`, whose default is another here."""
@@ -64,7 +68,7 @@ class Rollout(Grouped):
         return replace(row, group=group_key(first), meta={"by": "data", **row.meta})
 
     def _answered(self, row: Example, first: Example, reply: Reply) -> Example | None:
-        meta = {**row.meta, "by": self.writer}
+        meta = {name: value for name, value in row.meta.items() if name not in OF_ANSWER} | {"by": self.writer}
         if row.response is not None:
             meta["reference"] = row.response
         bare = replace(row, response=None, score=None, group=group_key(first), meta=meta)
