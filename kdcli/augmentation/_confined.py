@@ -76,7 +76,7 @@ def main() -> None:
         attempt("landlock", _landlock, readable, os.getcwd())
         with open(PROGRAM, "w", encoding="utf-8", errors="replace") as file:
             file.write(job["source"])
-        _limit(job)
+        _limit(job, held)
         if job["filter"]:
             attempt("seccomp", _seccomp, job["filter"])
         if not {"namespaces", "seccomp"} & set(held):
@@ -237,18 +237,20 @@ def _seccomp(program: bytes) -> None:
     _call("prctl", SET_SECCOMP, 2, pointer, 0, 0)
 
 
-def _limit(job: dict[str, Any]) -> None:
+def _limit(job: dict[str, Any], held: Iterable[str]) -> None:
+    counted = bool({"namespaces", "account"} & set(held))  # else the user's other processes would count as well
     for kind, amount in (
         (resource.RLIMIT_FSIZE, FILE_BYTES),
         (resource.RLIMIT_NOFILE, FILES),
-        (resource.RLIMIT_NPROC, MAX_THREADS),
+        (resource.RLIMIT_NPROC, MAX_THREADS if counted else resource.RLIM_INFINITY),
         (resource.RLIMIT_CPU, job["cpu_seconds"]),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
         (resource.RLIMIT_AS, job["memory"]),
     ):
         hard = resource.getrlimit(kind)[1]
-        amount = amount if hard == resource.RLIM_INFINITY else min(amount, hard)
+        if hard != resource.RLIM_INFINITY:
+            amount = hard if amount == resource.RLIM_INFINITY else min(amount, hard)
         resource.setrlimit(kind, (amount, amount))
 
 

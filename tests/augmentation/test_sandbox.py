@@ -124,16 +124,16 @@ def test_its_folder_is_empty_writable_and_gone_afterwards(ran):
     assert set(Path("/tmp").glob("kdcli-program-*")) <= before
 
 
-def test_an_endless_loop_ends_with_its_time(ran):
+def test_an_endless_loop_ends_with_its_time():
     began = time.monotonic()
-    assert ran("while True: pass", seconds=0.2).why == "out of time"
+    assert run_python("while True: pass", seconds=0.2).why == "out of time"
     assert time.monotonic() - began < 3
 
 
-def test_sleeping_and_ignoring_signals_does_not_help(ran):
+def test_sleeping_and_ignoring_signals_does_not_help():
     source = "import signal, time\nfor n in (1, 2, 15): signal.signal(n, signal.SIG_IGN)\n"
     source += "print('x', flush=True)\ntime.sleep(60)"
-    result = ran(source, seconds=0.2)
+    result = run_python(source, seconds=0.2)
     assert (result.output, result.why) == ("x\n", "out of time")
 
 
@@ -142,15 +142,15 @@ def test_memory_ends_at_its_limit(ran):
     assert ran("x = []\nwhile True: x.append(bytearray(1 << 20))", memory_mib=128).why == "out of memory"
 
 
-def test_a_flood_of_output_is_cut(ran):
+def test_a_flood_of_output_is_cut():
     began = time.monotonic()
-    result = ran("for _ in range(1000): print('x' * (1 << 20))")
+    result = run_python("for _ in range(1000): print('x' * (1 << 20))")
     assert result.why == "too much output" and result.output == "x" * MAX_OUTPUT
     assert time.monotonic() - began < 4
 
 
-def test_the_disk_is_not_filled(ran):
-    result = ran("with open('a', 'wb') as file:\n    for _ in range(64): file.write(bytes(1 << 20))")
+def test_the_disk_is_not_filled():
+    result = run_python("with open('a', 'wb') as file:\n    for _ in range(64): file.write(bytes(1 << 20))")
     assert not result.ok
 
 
@@ -224,10 +224,10 @@ def test_it_dies_with_who_asked_for_it():
     assert not any(Path(f"/proc/{pid}").exists() for pid in started)
 
 
-def test_nothing_is_left_after_a_run(ran):
+def test_nothing_is_left_after_a_run():
     before = processes()  # living and dead
-    ran("print(1)")
-    ran("while True: pass", seconds=0.1)
+    run_python("print(1)")
+    run_python("while True: pass", seconds=0.1)
     assert processes() <= before
 
 

@@ -90,10 +90,8 @@ def test_an_early_end_is_no_success():
     """Code that leaves before the tests are reached has not passed them."""
     step = Verify(method="tests", seconds=1.0)
     leaving = row("```\nimport os\nos._exit(0)\n```", tests="assert False")
-    assert run(step, [leaving, row("x = 1", other=1)]) == [] and sorted(step.desk.reasons) == [
-        "no tests",
-        "tests failed",
-    ]
+    assert run(step, [leaving, row("x = 1", other=1)]) == []
+    assert step.desk.reasons == ["tests failed", "no tests"]
 
 
 def test_what_a_program_prints_is_compared_line_by_line_and_numbers_by_value():
