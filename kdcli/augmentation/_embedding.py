@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def embed(texts: Sequence[str], model: str = "tfidf", *, batch: int = 32) -> Vec
 def encoder(model: str = "tfidf", *, batch: int = 32) -> Encoder:
     """`embed` with the model loaded once, for texts that come in blocks."""
     if model in OWN:
-        return lambda texts: _hashed(texts, rare=model == "tfidf")
+        return lambda texts: fitted(texts)(texts) if model == "tfidf" else _hashed(texts, lambda word: 1.0)
     folder = paths.resolve(model)
     if not folder.is_dir():
         raise ConfigError(f"{model} is no folder of an encoder; give one, or {' or '.join(OWN)}, which need none")
@@ -53,23 +54,24 @@ def fingerprint(model: str) -> str:
     return " ".join(f"{file.relative_to(folder).as_posix()} {file_hash(file)}" for file in files)
 
 
-def _hashed(texts: Sequence[str], *, rare: bool) -> Vectors:
-    """Signed feature hashing (Weinberger et al. 2009, arXiv:0902.2206) of (1 + log tf) [* idf] over words, with
-    idf = log((1 + N) / (1 + df)) + 1."""
-    counts = [Counter(words(text)) for text in texts]
+def fitted(texts: Iterable[str]) -> Encoder:
+    """TF-IDF with weights from `texts`: idf = log((1 + N) / (1 + df)) + 1."""
+    total = 0
     seen: Counter[str] = Counter()
-    for count in counts:
-        seen.update(count.keys())
-    place = {word: xxhash.xxh3_64_intdigest(word.encode()) for word in seen}
-    idf = {w: float(np.log((1 + len(texts)) / (1 + n)) + 1) if rare else 1.0 for w, n in seen.items()}
+    for text in texts:
+        total += 1
+        seen.update(set(words(text)))
+    return lambda asked: _hashed(asked, lambda word: math.log((1 + total) / (1 + seen[word])) + 1)
+
+
+def _hashed(texts: Sequence[str], weight: Callable[[str], float]) -> Vectors:
+    """Signed feature hashing (Weinberger et al. 2009, arXiv:0902.2206) of (1 + log tf) weight(word)."""
     vectors = np.zeros((len(texts), DIMENSIONS), dtype=np.float32)
-    for row, count in zip(vectors, counts, strict=True):
-        if not count:
-            continue
-        hashes = np.array([place[word] for word in count], dtype=np.uint64)
-        weights = (1 + np.log(np.fromiter(count.values(), float))) * np.array([idf[word] for word in count])
-        signs = np.where(hashes >> np.uint64(63), 1.0, -1.0)
-        np.add.at(row, (hashes % np.uint64(DIMENSIONS)).astype(np.intp), (signs * weights).astype(np.float32))
+    for row, text in zip(vectors, texts, strict=True):
+        for word, count in Counter(words(text)).items():
+            number = xxhash.xxh3_64_intdigest(word.encode())
+            sign = 1.0 if number >> 63 else -1.0
+            row[number % DIMENSIONS] += sign * (1 + math.log(count)) * weight(word)
     return _unit(vectors)
 
 

@@ -7,12 +7,14 @@ import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from kdcli.api import Example, Transform
 from kdcli.store.atomic import json_safe
 
+T = TypeVar("T")
 Field = Literal["prompt", "response", "text", "all"]
 
 # Scripts written without blanks between words: each character counts as a word.
@@ -65,6 +67,13 @@ def words(text: str) -> list[str]:
     """Lower-case letters and digits between anything else. Of ASCII text the same as rouge-score's tokenizer makes;
     departs from it in keeping other alphabets, which it drops."""
     return WORD.findall(text.lower())
+
+
+def batches(items: Iterable[T], size: int = 256) -> Iterator[list[T]]:
+    """`size` at a time."""
+    rest = iter(items)
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 class Spool:
