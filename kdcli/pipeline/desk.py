@@ -76,24 +76,27 @@ class RunDesk:
                 batch.clear()
 
         first = 0  # number of the question that `batch` begins with
-        for number, (thing, request) in enumerate(questions):
-            self._office.check()
-            call = self._office.find(writer, request)
-            call = batch.get(call.key, call)
-            if self._office.is_new(call) and call.key not in batch:
-                first = first if batch else number
-                batch[call.key] = call
-            else:
-                self.counts.stored += 1
-            self.counts.asked += 1
-            waiting.append((thing, call))
-            if len(batch) >= size or (batch and number - first == WINDOW - 1):
-                send()
-            if len(waiting) == WINDOW:
+        try:
+            for number, (thing, request) in enumerate(questions):
+                self._office.check()
+                call = self._office.find(writer, request)
+                call = batch.get(call.key, call)
+                if self._office.is_new(call) and call.key not in batch:
+                    first = first if batch else number
+                    batch[call.key] = call
+                else:
+                    self.counts.stored += 1
+                self.counts.asked += 1
+                waiting.append((thing, call))
+                if len(batch) >= size or (batch and number - first == WINDOW - 1):
+                    send()
+                if len(waiting) == WINDOW:
+                    yield self._next(writer, waiting)
+            send()
+            while waiting:
                 yield self._next(writer, waiting)
-        send()
-        while waiting:
-            yield self._next(writer, waiting)
+        finally:  # a step may have enough before it has all
+            self._office.leave(call for _, call in waiting)
 
     def aside(self, example: Example, reason: str, detail: str = "", text: str = "") -> None:
         self._aside(example, reason, detail, text)

@@ -6,7 +6,7 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from hashlib import blake2b
@@ -24,15 +24,16 @@ TICK = 0.25  # seconds between looks at what else may have happened while one wa
 
 
 class Call:
-    """A request on its way: `answer` is set once it is stored."""
+    """A request on its way: `answer` is set once it is stored. `wanted`: by how many; nobody makes it for none."""
 
-    __slots__ = ("answer", "key", "made", "request")
+    __slots__ = ("answer", "key", "made", "request", "wanted")
 
     def __init__(self, key: bytes, request: Request) -> None:
         self.key = key
         self.request = request
         self.answer: Answer | None = None
         self.made = False
+        self.wanted = 1
 
 
 class Office:
@@ -50,11 +51,29 @@ class Office:
     def find(self, writer: str, request: Request) -> Call:
         """The call of this request if it is stored or on its way, else a new one that nobody has made yet."""
         key = request_key(self.staff[writer].asked.identity, request)
-        call = self.calls.get(key)
-        if call is None:
-            call = Call(key, request)
-            call.answer = self.store.find(key)
+        with self.changed:
+            call = self.calls.get(key)
+            if call is not None:
+                call.wanted += 1
+                return call
+        call = Call(key, request)
+        call.answer = self.store.find(key)
         return call
+
+    def leave(self, calls: Iterable[Call]) -> None:
+        """Nobody waits for these any more: those that were not begun never are."""
+        with self.changed:
+            for call in calls:
+                call.wanted -= 1
+
+    def left(self, calls: Sequence[Call]) -> bool:
+        """Whether nobody wants any of them; they are forgotten then. From a writer's thread."""
+        with self.changed:
+            if any(call.wanted > 0 for call in calls):
+                return False
+            for call in calls:
+                self.calls.pop(call.key, None)
+            return True
 
     def is_new(self, call: Call) -> bool:
         """Whether nobody has made it yet."""
@@ -174,7 +193,7 @@ class Staff:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            if not self.office.stopped:
+            if not self.office.stopped and not self.office.left(job[0]):
                 self._ask(*job)
 
     def _ask(self, calls: Sequence[Call], account: Account) -> None:

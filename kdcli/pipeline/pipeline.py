@@ -49,7 +49,7 @@ class Pipeline:
 
     `settings` are the steps' config nodes, `answers` the file of the store, which runs may share. The result depends
     on data, steps, settings, writers and seed alone: not on concurrency, on what was stored or on how often the run
-    was killed. Each writer is closed after the last step that names it.
+    was killed. `run` closes each writer after the last step that names it.
     """
 
     def __init__(
@@ -173,6 +173,7 @@ class _Run:
         self.stopped = stopped
         self.told = told
         self.begun = self.beat = time.monotonic()
+        self.closed: set[str] = set()
         self.id = run_id(pipeline.folder, make=True) or ""
         self.store = Responses(pipeline.answers)
         try:
@@ -198,6 +199,7 @@ class _Run:
             raise atomic.no_space(error, pipeline.folder) or error from error
         finally:
             self.office.settle(PATIENCE)
+            self._close_writers(len(pipeline.steps))
             self.store.close()
 
     def _step(
@@ -249,8 +251,10 @@ class _Run:
     def _close_writers(self, number: int) -> None:
         """Those that no later step names: a local model gives its memory back."""
         later = {one for step in list(self.pipeline.steps.values())[number:] for one in step.writers()}
-        for name in set(list(self.pipeline.steps.values())[number - 1].writers()) - later:
+        for name in set(self.pipeline.writers) - later - self.closed:
+            self.office.staff[name].dismiss(PATIENCE)
             self.pipeline.writers[name].close()
+            self.closed.add(name)
 
     def tell(self, progress: Progress) -> None:
         self.beat = time.monotonic()

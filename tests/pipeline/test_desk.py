@@ -68,7 +68,7 @@ def test_equal_questions_are_one_call_also_while_it_is_under_way(tmp_path: Path)
     assert set(writer.calls.values()) == {1}
     assert step.asked == 37 and step.spent.calls == len(writer.calls) == step.asked - step.stored < 37
     assert step.rows_in == 40 and step.rows_out + sum(step.aside.values()) == 40
-    assert writer.closed == 1
+    assert writer.closed == 1 and not [one for one in threading.enumerate() if one.name.startswith("kdcli-")]
 
 
 def test_a_finished_run_is_not_done_again_and_another_folder_is_answered_from_the_store(tmp_path: Path) -> None:
@@ -230,6 +230,23 @@ def test_rows_are_read_ahead_by_a_window_and_no_more(tmp_path: Path, window: int
     outcome = pipeline(tmp_path, Says(), steps={"read": reader}, settings={}).run()
     assert reader.ahead == window and outcome.count == 100
     assert outcome.forms == {"prompt": 100} and outcome.unreadable == {"no response": 100}
+
+
+class Enough(Label):
+    """Ends after the first answers that it likes."""
+
+    def __call__(self, examples: Iterable[Example]) -> Iterator[Example]:
+        rows = super().__call__(examples)
+        for _ in range(5):
+            yield next(rows)
+
+
+def test_a_step_that_has_enough_leaves_the_rest_unasked(tmp_path: Path, window: int) -> None:
+    writer = Says(lambda text: time.sleep(0.01) or f"9{text}", concurrency=1)
+    outcome = label(tmp_path, writer, steps={"label": Enough(), "again": Label(say="again")}).run()
+    assert outcome.count == 5
+    first = sum(text.startswith("answer") for text in writer.calls)
+    assert 5 <= first < window and set(writer.calls.values()) == {1}
 
 
 def test_seeds_differ_by_step_run_and_parts_and_by_nothing_else(tmp_path: Path) -> None:
