@@ -79,9 +79,9 @@ def _facts(config: Mapping[str, Any], pipeline: Any, plan: Plan, priced: bool) -
         f"{name}: {writer.model} at {writer.endpoint}" for name, writer in pipeline.writers.items() if name in asked
     ]
     lines.append(f"asked:  {'; '.join(hosts) or 'nobody'}")
-    if asked and not priced:
+    if not priced and any(pipeline.writers[name].endpoint != "local" for name in asked):
         lines.append("cost:   no writer has a price; set writer.NAME.price_prompt and price_completion, of 1e6 tokens")
-    lines.append(f"budget: {_budget(config, plan)}")
+    lines.append(f"budget: {_budget(config, plan, priced)}")
     declared = declared_of(config)
     known = f", acknowledged {', '.join(declared.acknowledged)}" if declared.acknowledged else ""
     lines.append(
@@ -93,7 +93,7 @@ def _facts(config: Mapping[str, Any], pipeline: Any, plan: Plan, priced: bool) -
     return [line for line in lines if line]
 
 
-def _budget(config: Mapping[str, Any], plan: Plan) -> str:
+def _budget(config: Mapping[str, Any], plan: Plan, priced: bool) -> str:
     """Whether the limits hold what is planned, with what the run folder has spent."""
     limits = {key: value for key, value in (config.get("budget") or {}).items() if value is not None}
     if not limits:
@@ -109,7 +109,9 @@ def _budget(config: Mapping[str, Any], plan: Plan) -> str:
     for key, limit in limits.items():
         told_as = money if key == "max_cost" else count
         before, expected, at_most = planned[key]
-        if before + expected > limit:
+        if key == "max_cost" and not priced:
+            verdict = "no limit, since no writer has a price"
+        elif before + expected > limit:
             verdict = f"too little: {told_as(before + expected)} is expected, and the run stops at the limit"
         elif at_most is None or before + at_most > limit:
             verdict = "enough for what is expected, not for the longest answers"

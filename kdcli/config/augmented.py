@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -16,6 +15,7 @@ from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
 from kdcli.config.schema import Augment
 from kdcli.errors import ConfigError, DataError
+from kdcli.store.address import read_key
 
 if TYPE_CHECKING:
     from kdcli.pipeline.pipeline import Pipeline
@@ -156,13 +156,16 @@ def _writers(config: Mapping[str, Any], name: str, step: Any) -> list[str]:
 
 
 def _key(name: str, writer: Any) -> list[str]:
-    """The variable that should hold a writer's key is set; what it holds is looked at by the writer."""
-    variable = getattr(writer, "api_key_env", None)
-    if not variable or os.environ.get(variable, "").strip():
+    """The variable that should hold a writer's key is set, and holds a key for the writer's server."""
+    client = getattr(writer, "client", None)
+    variable = getattr(client, "api_key_env", None)
+    if client is None or not variable:
         return []
-    return [
-        f"writer.{name}.api_key_env: the environment variable {variable} is not set; export {variable}=… and run again"
-    ]
+    try:
+        read_key(variable, client.server, f"writer.{name}.api_key_env")
+    except ConfigError as error:
+        return list(error.problems)
+    return []
 
 
 def checked(config: Mapping[str, Any]) -> list[str]:

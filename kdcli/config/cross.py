@@ -169,7 +169,11 @@ def _caught(action: Callable[[], Any], where: str, problems: list[str]) -> Any:
     try:
         return action()
     except ConfigError as error:
-        head = where.split(".")[0]
+        head, dot, _ = where.partition(".")
+        if dot and head in ("augmentation", "writer"):  # components there know their class, and not their name
+            told = [re.sub(rf"^{head}(?:: ?\w+)?\.(?=\w)", f"{where}.", problem) for problem in error.problems]
+            problems += [p if p.startswith(where) else f"{where}: {p}" for p in told]
+            return None
         problems += [
             p if p.startswith((f"{head}.", f"{head}:", f"{head}=")) else f"{where}: {p}" for p in error.problems
         ]
