@@ -1,4 +1,4 @@
-"""Runs one Python program confined: a script that `_sandbox` starts in an interpreter of its own.
+"""Runs one Python program confined: `_sandbox` calls `main` in an interpreter of its own.
 
 Descriptor JOB holds what to do (marshal), REPLY is told which layers hold, or why nothing was run, and how the program
 ended. Layers: `namespaces` (no network, an own tree of processes, a root of read-only libraries and a folder in
@@ -8,16 +8,19 @@ memory), `landlock` (the same of files, kept by another part of the kernel), `se
 
 from __future__ import annotations
 
+import _signal as signal  # the module around it imports enum, which takes a third of our time to start
 import ctypes
 import marshal
 import os
 import resource
-import signal
 import struct
 import sys
-from collections.abc import Iterable
-from types import FrameType
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from types import FrameType
+    from typing import Any
 
 MAX_THREADS = 32
 FILES, FILE_BYTES, FOLDER_BYTES = 64, 16 << 20, 32 << 20
@@ -40,6 +43,7 @@ class Missing(Exception):
 
 def main() -> None:
     job_file, reply = int(sys.argv[1]), int(sys.argv[2])
+    sys.path.remove(os.path.dirname(__file__))
     with open(job_file, "rb") as file:
         job: dict[str, Any] = marshal.loads(file.read())
     readable = _readable(job["libraries"])
@@ -278,7 +282,3 @@ def _syscall(number: int, *arguments: Any) -> int:
     if result == -1:
         raise OSError(f"system call {number}: {os.strerror(ctypes.get_errno())}")
     return result
-
-
-if __name__ == "__main__":
-    main()

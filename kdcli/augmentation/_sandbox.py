@@ -27,6 +27,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 LAYERS = ("namespaces", "account", "landlock", "seccomp")
+START = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import _confined; _confined.main()"
 MAX_OUTPUT = 64 << 10  # bytes of each stream; a program that writes more is ended
 SETUP_SECONDS = 60.0  # to start an interpreter, on a machine that is busy
 ADDRESS = re.compile(r"(?<= at )0x[0-9a-fA-F]+")  # <object at 0x7f…>: another one every time
@@ -72,6 +73,8 @@ def _run(source: str, stdin: str, seconds: float, memory_mib: int, allowed: Iter
         raise ConfigError(
             f"programs of models run on Linux alone, whose kernel keeps them from the network; this is {sys.platform}"
         )
+    from kdcli.augmentation import _confined  # noqa: F401  # so that it is compiled, once, when programs import it
+
     folder = tempfile.mkdtemp(prefix="kdcli-program-")
     try:
         job = {
@@ -95,13 +98,12 @@ class _Program:
     def __init__(self, job: dict[str, object], stdin: str, seconds: float) -> None:
         self.folder, self.seconds = str(job["folder"]), seconds
         self.written = {"output": bytearray(), "error": bytearray(), "reply": bytearray()}
-        script = str(Path(__file__).with_name("_confined.py"))
         reply, theirs = os.pipe()
         self.reply = os.fdopen(reply, "rb", buffering=0)
         try:
             with _memory(marshal.dumps(job)) as told, _memory(stdin.encode("utf-8", "replace")) as given:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", script, str(told), str(theirs)],
+                    [sys.executable, "-S", "-s", "-P", "-B", "-X", "utf8", "-c", START, str(told), str(theirs)],
                     stdin=given,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,
