@@ -47,18 +47,18 @@ SHOWN = 300  # characters of a server's own words in a message
 
 
 class UnansweredError(KDError):
-    """No usable answer after the last try. `short`: a reason to count by."""
+    """No usable answer after the last try. `short`: a reason to count by; `last`: what the last try met."""
 
-    def __init__(self, message: str, short: str = "no answer") -> None:
+    def __init__(self, message: str, short: str = "no answer", last: str = "") -> None:
         super().__init__(message)
-        self.short = short
+        self.short, self.last = short, last or message
 
 
 class BadAnswerError(UnansweredError):
     """The server answered, but not what was asked for; it may do so the next time."""
 
-    def __init__(self, message: str, short: str = "unusable answer") -> None:
-        super().__init__(message, short)
+    def __init__(self, message: str, short: str = "unusable answer", last: str = "") -> None:
+        super().__init__(message, short, last)
 
 
 class _TryAgainError(UnansweredError):
@@ -182,6 +182,7 @@ class Client:
                 f"and {time.monotonic() - begun:.0f} s: {error}; see to the server, then go on from the last "
                 f"checkpoint with kdcli resume (or raise {self.where}.retries or {self.where}.deadline)",
                 error.short,
+                error.last,
             ) from error
 
     def ask_all(self, questions: Sequence[tuple[Question, Callable[[Any], T]]]) -> list[T]:

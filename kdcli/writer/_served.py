@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from kdcli.api import Answer, Request, Writer
 from kdcli.errors import ConfigError
@@ -15,9 +15,14 @@ from kdcli.store.http import Client, RefusedError, UnansweredError
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 TOO_LONG = (  # words by which servers say that prompt and answer do not fit into the model's context
     *("context length", "context_length", "context window", "context size", "maximum context", "max_model_len"),
     *("too long", "too many tokens", "maximum input length", "input length", "reduce the length", "maximum number of"),
+)
+FORM_WORDS = (  # by which they say that they do not know the field that holds an answer to a form
+    *("response_format", "json_schema", "structured", "guided", "schema", "grammar", "regex", "output_config"),
 )
 BYTES_PER_TOKEN = 64  # of an answer, far more than text needs: longer answers are cut off as nonsense
 
@@ -55,6 +60,8 @@ class Served(Writer):
         self.license, self.terms = license, terms
         self._refused: ConfigError | None = None
         self._given_up = threading.Event()
+        self._unknown: set[str] = set()  # fields for forms that the server does not know
+        self._lock = threading.Lock()
 
     @property
     def endpoint(self) -> str:
@@ -83,9 +90,28 @@ class Served(Writer):
         except ConfigError as error:
             self._refused = error
         except UnansweredError as error:
-            return Answer(failed=error.short, detail=str(error.__cause__ or error), model=self.model, date=today())
+            return Answer(failed=error.short, detail=error.last, model=self.model, date=today())
         self._given_up.set()
         raise self._refused
+
+    def _held(self, field: str, ask: Callable[[str], T], *, given_up: bool) -> T:
+        """What `ask` gets with the `field` that holds answers to a form (empty: none), or, where the server says that
+        it does not know the field and it may be `given_up`, without it, now and from then on."""
+        field = "" if given_up and field in self._unknown else field
+        try:
+            return ask(field)
+        except RefusedError as error:
+            unknown = error.status in (400, 422) and any(word in error.said.lower() for word in FORM_WORDS)
+            if not field or not given_up or not unknown:
+                raise
+            with self._lock:
+                if field not in self._unknown:
+                    log.warning(
+                        "writer: %s does not take %s (HTTP %d); answers are not held to a form from here on",
+                        *(self.client.server.name, field, error.status),
+                    )
+                self._unknown.add(field)
+            return ask("")
 
     def _failed(self, error: RefusedError) -> Answer:
         """A refusal of this request alone."""
@@ -100,6 +126,18 @@ class Served(Writer):
 def limit(max_tokens: int, n: int) -> int:
     """Bytes that an answer of n texts may have."""
     return (1 << 20) + BYTES_PER_TOKEN * max_tokens * n
+
+
+def closed(schema: Any) -> bool:
+    """Whether every object in a schema requires all its properties and allows no other, as OpenAI's strict mode
+    asks."""
+    if isinstance(schema, Mapping):
+        if isinstance(properties := schema.get("properties"), Mapping) and (
+            schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties)
+        ):
+            return False
+        return all(closed(value) for value in schema.values())
+    return not isinstance(schema, list) or all(closed(value) for value in schema)
 
 
 def tokens(texts: Sequence[str]) -> int:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 from kdcli.api import Answer, Request
 from kdcli.errors import ConfigError
-from kdcli.store.http import BadAnswerError, Client, Question, RefusedError
-from kdcli.writer._served import Pricing, Served, counted, limit, today, tokens
-
-log = logging.getLogger(__name__)
+from kdcli.store.http import BadAnswerError, Client, Question
+from kdcli.writer._served import Pricing, Served, closed, counted, limit, today, tokens
 
 Structured = Literal["auto", "response_format", "guided", "none"]
 FINISHED = {  # how servers say why a text ended -> stop, length or refusal
@@ -21,7 +17,6 @@ FINISHED = {  # how servers say why a text ended -> stop, length or refusal
     **dict.fromkeys(("length", "max_tokens", "max_length", "model_length"), "length"),
     **dict.fromkeys(("content_filter", "refusal", "safety"), "refusal"),
 }
-FORM_WORDS = ("response_format", "json_schema", "structured", "guided", "schema", "grammar", "regex")
 
 
 class ChatWriter(Served):
@@ -76,8 +71,6 @@ class ChatWriter(Served):
         self.structured: Structured = structured
         self.keep_reasoning = keep_reasoning
         self.extra_body = dict(extra_body or {})
-        self._unknown: set[str] = set()  # fields for forms that the server does not know
-        self._lock = threading.Lock()
 
     @property
     def model(self) -> str:
@@ -112,20 +105,10 @@ class ChatWriter(Served):
         return replace(total, texts=[text for text, _ in texts], finished=[finished for _, finished in texts])
 
     def _asked(self, request: Request) -> tuple[list[tuple[str, str]], Answer]:
-        field = self._form_field(request.form)
-        try:
+        def ask(field: str) -> tuple[list[tuple[str, str]], Answer]:
             return self.client.ask(self._question(request, field), self._reader(request), given_up=self._given_up)
-        except RefusedError as error:
-            if not field or self.structured != "auto" or not self._does_not_know(error):
-                raise
-            with self._lock:
-                if field not in self._unknown:
-                    log.warning(
-                        "writer: %s does not take %s (HTTP %d); answers are not held to a form from here on",
-                        *(self.client.server.name, field, error.status),
-                    )
-                self._unknown.add(field)
-            return self.client.ask(self._question(request, ""), self._reader(request), given_up=self._given_up)
+
+        return self._held(self._form_field(request.form), ask, given_up=self.structured == "auto")
 
     def _question(self, request: Request, field: str) -> Question:
         max_tokens = request.max_tokens or self.max_tokens
@@ -149,14 +132,9 @@ class ChatWriter(Served):
             return ""
         if self.structured == "guided":
             return "structured_outputs"
-        field = "response_format" if "json" in form else "structured_outputs"
-        if self.structured == "response_format":
-            return field if "json" in form else ""
-        return "" if field in self._unknown else field
-
-    @staticmethod
-    def _does_not_know(error: RefusedError) -> bool:
-        return error.status in (400, 422) and any(word in error.said.lower() for word in FORM_WORDS)
+        if "json" in form:
+            return "response_format"
+        return "structured_outputs" if self.structured == "auto" else ""
 
     def _reader(self, request: Request) -> Callable[[Any], tuple[list[tuple[str, str]], Answer]]:
         def read(answer: Any) -> tuple[list[tuple[str, str]], Answer]:
@@ -204,18 +182,6 @@ def _form(field: str, form: Mapping[str, Any]) -> dict[str, Any]:
     return {
         field: {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": closed(schema)}}
     }
-
-
-def closed(schema: Any) -> bool:
-    """Whether every object in a schema requires all its properties and allows no other, as OpenAI's strict mode
-    asks."""
-    if isinstance(schema, Mapping):
-        if isinstance(properties := schema.get("properties"), Mapping) and (
-            schema.get("additionalProperties") is not False or set(schema.get("required", ())) != set(properties)
-        ):
-            return False
-        return all(closed(value) for value in schema.values())
-    return not isinstance(schema, list) or all(closed(value) for value in schema)
 
 
 def _joined(content: Any) -> str:

@@ -188,10 +188,12 @@ def content_hash(body: Mapping[str, Any]) -> str:
 
 
 def form_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The form that a request asks for, in OpenAI's or vLLM's words."""
+    """The form that a request asks for, in OpenAI's, vLLM's or Anthropic's words."""
     asked = body.get("response_format") or {}
     if asked.get("type") == "json_schema":
         return {"json": asked["json_schema"]["schema"]}
+    if body.get("output_config"):
+        return {"json": body["output_config"]["format"]["schema"]}
     outputs = body.get("structured_outputs") or {}
     return {key: outputs[key] for key in ("json", "regex") if key in outputs} or None
 
@@ -262,7 +264,9 @@ class _Handler(BaseHTTPRequestHandler):
             told = "This model's maximum context length is 512 tokens. However, you requested 900 tokens."
             return self._error(400, "prompt is too long: 900 tokens > 512 maximum" if anthropic else told)
         if fault == "form" and form_of(body):
-            return self._error(400, "Unrecognized request argument supplied: response_format, structured_outputs")
+            return self._error(
+                400, "Unrecognized request argument supplied: response_format, structured_outputs, output_config"
+            )
         if fault == "quota":
             return self._error(429, "You exceeded your current quota", code="insufficient_quota")
         if fault == "redirect":

@@ -14,7 +14,8 @@ import pytest
 
 from kdcli.api import Answer, Request
 from kdcli.errors import ConfigError
-from kdcli.writer.chat import ChatWriter, closed
+from kdcli.writer._served import closed
+from kdcli.writer.chat import ChatWriter
 from tests.servers.chat import TINY, ChatServer, serving
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say something."}]
