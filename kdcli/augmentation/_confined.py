@@ -8,7 +8,8 @@ memory), `landlock` (the same of files, kept by another part of the kernel), `se
 
 from __future__ import annotations
 
-import _signal as signal  # the module around it imports enum, which takes a third of our time to start
+# The module around _signal imports enum and re, which takes longer than all of the others together.
+import _signal as signal  # pyright: ignore[reportMissingImports]
 import ctypes
 import marshal
 import os
@@ -32,7 +33,7 @@ LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
 READ_FILE_AND_FOLDER, READ_AND_WRITE_FILE = 4 | 8, 2 | 4
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/local/lib", "/lib", "/lib64", "/nix/store", "/usr/share/zoneinfo")
-HOME, PROGRAM = "/work", "program.py"
+HOME, PROGRAM = "/box", "program.py"
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -46,7 +47,8 @@ def main() -> None:
     sys.path.remove(os.path.dirname(__file__))
     with open(job_file, "rb") as file:
         job: dict[str, Any] = marshal.loads(file.read())
-    readable = _readable(job["libraries"])
+    readable = _readable([*job["libraries"], *job["packages"]])
+    sys.path += job["packages"]
     allowed: set[str] = set(job["layers"])
     job["number"] = os.getpid()
     held: list[str] = []
@@ -106,6 +108,7 @@ def _run(source: str) -> None:
     sys.argv = [PROGRAM]
     os.environ.clear()
     os.environ.update(HOME=os.getcwd(), TMPDIR=os.getcwd(), PATH="/nowhere", LC_CTYPE="C.UTF-8")
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")  # or numpy reserves more than a small limit
     try:
         exec(compile(source, PROGRAM, "exec"), module.__dict__)
     except SystemExit:
@@ -164,11 +167,12 @@ def _enter_root(folder: str, readable: Iterable[str], numbers: dict[str, int]) -
             _bind(path, inside)
             attributes = struct.pack("QQQQ", ATTRIBUTE_RDONLY_NOSUID, 0, 0, 0)
             _syscall(numbers["mount_setattr"], AT_FDCWD, inside.encode(), AT_RECURSIVE, attributes, len(attributes))
-    os.mkdir(f"{folder}/dev")
+    os.makedirs(f"{folder}/dev")
     for device in DEVICES:
         _bind(device, folder + device)
     os.mkdir(folder + HOME)
-    os.symlink(HOME, f"{folder}/tmp")
+    if not os.path.exists(f"{folder}/tmp"):  # it is there where the interpreter lies in it
+        os.symlink(HOME, f"{folder}/tmp")
     size = f"size={FOLDER_BYTES},mode=700".encode()
     _call("mount", b"none", (folder + HOME).encode(), b"tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, size)
     attributes = struct.pack("QQQQ", ATTRIBUTE_RDONLY_NOSUID, 0, 0, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdcli.api import Desk
@@ -22,14 +22,14 @@ def program_in(text: str) -> str | None:
     return next((code for kind, code in reversed(blocks) if kind.lower() in PYTHON and code.strip()), None)
 
 
-def run_all(desk: Desk, programs: Sequence[tuple[str, str]], seconds: float, memory_mib: int) -> list[Ran]:
-    """What each (program, standard input) does, on all processors. What ran once is not run again: a program that
-    prints the time, or draws numbers, has printed what it printed."""
+def run_all(desk: Desk, programs: Sequence[tuple[str, str]], limits: Mapping[str, Any]) -> list[Ran]:
+    """What each (program, standard input) does, on all processors; `limits` are settings of `run_python`. What ran once
+    is not run again: a program that prints the time, or draws numbers, has printed what it printed."""
 
     def act(job: tuple[str, str]) -> Ran:
-        return run_python(job[0], stdin=job[1], seconds=seconds, memory_mib=memory_mib)
+        return run_python(job[0], stdin=job[1], **limits)
 
     def compute(missing: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         return [vars(ran) for _, ran in in_order(missing, act)]
 
-    return [Ran(**value) for value in once(desk, f"program {seconds} {memory_mib}", programs, compute)]
+    return [Ran(**value) for value in once(desk, f"program {sorted(limits.items())}", programs, compute)]

@@ -36,7 +36,7 @@ RAISED = re.compile(r"([A-Za-z_][\w.]*)(?::|$)")
 
 @dataclass(frozen=True, kw_only=True)
 class Ran:
-    """What a program wrote and how it ended. Addresses of objects are 0x0, the folder it ran in is /work."""
+    """What a program wrote and how it ended. Addresses of objects are 0x0, the folder it ran in is /box."""
 
     output: str  # of standard output, the first MAX_OUTPUT bytes
     error: str  # of standard error: the traceback
@@ -44,15 +44,18 @@ class Ran:
     why: str  # a short reason to count by, such as "raised ZeroDivisionError" or "out of time"; empty where ok
 
 
-def run_python(source: str, *, stdin: str = "", seconds: float = 5.0, memory_mib: int = 512) -> Ran:
-    """Run `source` as a program: the standard library alone, an empty environment, an empty folder that goes with it,
-    `seconds` of time (as much again, rounded up, of the processor's), `memory_mib` of address space, and no processes,
-    sockets or signals to others. Layers are put on as the kernel has them (`layers`).
+def run_python(
+    source: str, *, stdin: str = "", seconds: float = 5.0, memory_mib: int = 512, packages: bool = False
+) -> Ran:
+    """Run `source` as a program: the standard library alone (with `packages` also what is installed beside kdcli, such
+    as numpy), an empty environment, an empty folder that goes with it, `seconds` of time (and of the processor's at
+    most two more), `memory_mib` of address space, and no processes, sockets or signals to others. Layers are put on as
+    the kernel has them (`layers`).
 
     Raises ConfigError where the machine cannot keep a program from the network and from our files: nothing is run
     then, and no setting makes it run. Raises KDError where no interpreter could be started.
     """
-    return _run(source, stdin, seconds, memory_mib, LAYERS)[0]
+    return _run(source, stdin, seconds, memory_mib, LAYERS, packages)[0]
 
 
 def layers() -> list[str]:
@@ -68,7 +71,9 @@ def in_order(things: Iterable[T], act: Callable[[T], R], *, ahead: int = 32) -> 
             yield from zip(block, pool.map(act, block), strict=True)
 
 
-def _run(source: str, stdin: str, seconds: float, memory_mib: int, allowed: Iterable[str]) -> tuple[Ran, list[str]]:
+def _run(
+    source: str, stdin: str, seconds: float, memory_mib: int, allowed: Iterable[str], packages: bool = False
+) -> tuple[Ran, list[str]]:
     if not sys.platform.startswith("linux"):
         raise ConfigError(
             f"programs of models run on Linux alone, whose kernel keeps them from the network; this is {sys.platform}"
@@ -82,6 +87,7 @@ def _run(source: str, stdin: str, seconds: float, memory_mib: int, allowed: Iter
             "folder": folder,
             "layers": list(allowed),
             "libraries": [f"{sys.base_prefix}/lib", f"{sys.base_prefix}/lib64"],
+            "packages": _installed() if packages else [],
             "cpu_seconds": int(seconds) + 2,
             "memory": memory_mib << 20,
             "filter": seccomp_filter(),
@@ -90,6 +96,11 @@ def _run(source: str, stdin: str, seconds: float, memory_mib: int, allowed: Iter
         return _Program(job, stdin, seconds).result()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _installed() -> list[str]:
+    """Folders of installed packages."""
+    return [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages") and Path(path).is_dir()]
 
 
 class _Program:
@@ -180,7 +191,7 @@ class _Program:
 
     def _text(self, name: str) -> str:
         text = self.written[name][:MAX_OUTPUT].decode("utf-8", "replace").replace("\0", "\ufffd")
-        return ADDRESS.sub("0x0", text.replace(self.folder, "/work").replace(f"{sys.base_prefix}/lib", "/lib"))
+        return ADDRESS.sub("0x0", text.replace(self.folder, "/box").replace(f"{sys.base_prefix}/lib", "/lib"))
 
 
 def _read(stream: IO[bytes]) -> bytes:

@@ -28,6 +28,7 @@ class Execute(Transform):
         into: str = "output",
         seconds: float = 5.0,
         memory_mib: int = 512,
+        packages: bool = False,
     ) -> None:
         if language != "python":
             raise ConfigError(f"augmentation: execute.language: is {language!r}; only python is run")
@@ -37,8 +38,7 @@ class Execute(Transform):
             raise ConfigError("augmentation: execute: give seconds above 0, and at least 32 MiB of memory")
         self.field: Field = field
         self.into = into
-        self.seconds = seconds
-        self.memory_mib = memory_mib
+        self.limits = {"seconds": seconds, "memory_mib": memory_mib, "packages": packages}
 
     def open(self, desk: Desk) -> None:
         super().open(desk)
@@ -60,7 +60,7 @@ class Execute(Transform):
                 else:
                     chosen.append((example, program))
             jobs = [(program, "") for _, program in chosen]
-            for (example, _), ran in zip(chosen, run_all(self.desk, jobs, self.seconds, self.memory_mib), strict=True):
+            for (example, _), ran in zip(chosen, run_all(self.desk, jobs, self.limits), strict=True):
                 yield self._with(
                     example, ran.output.rstrip(), "" if ran.ok else f"{ran.why}\n{ran.error[-2000:]}".strip()
                 )

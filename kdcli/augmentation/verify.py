@@ -47,6 +47,7 @@ class Verify(Transform):
         mark: bool = False,
         seconds: float = 5.0,
         memory_mib: int = 512,
+        packages: bool = False,
     ) -> None:
         if method not in METHODS:
             raise ConfigError(f"augmentation: verify.method: is {method!r}; choose one of {', '.join(METHODS)}")
@@ -59,8 +60,7 @@ class Verify(Transform):
         self.answers = None if self.runs else Answers(method, extract, where="augmentation: verify")  # pyright: ignore
         self.settings = repr((method, extract))
         self.mark = mark
-        self.seconds = seconds
-        self.memory_mib = memory_mib
+        self.limits = {"seconds": seconds, "memory_mib": memory_mib, "packages": packages}
 
     def open(self, desk: Desk) -> None:
         super().open(desk)
@@ -142,7 +142,7 @@ class Verify(Transform):
             for program, (_, *rest) in zip(programs, asked, strict=True)
             if program is not None
         ]
-        results = iter(run_all(self.desk, jobs, self.seconds, self.memory_mib))
+        results = iter(run_all(self.desk, jobs, self.limits))
         found: list[Finding] = []
         for program, (_, *rest) in zip(programs, asked, strict=True):
             if program is None:

@@ -50,6 +50,12 @@ def test_a_program_reads_its_input_and_writes_its_output():
     assert (ran.output, ran.error, ran.ok, ran.why) == ("144\n", "é\n", True, "")
 
 
+def test_installed_packages_are_there_for_who_wants_them():
+    source = "import numpy, sympy\nprint(numpy.arange(4) @ numpy.arange(4), sympy.sqrt(8))"
+    assert run_python(source).why == "raised ModuleNotFoundError"
+    assert run_python(source, packages=True).output == "14 2*sqrt(2)\n"
+
+
 def test_this_machine_has_a_layer_that_shuts_the_network():
     assert {"namespaces", "seccomp"} & set(_sandbox.layers())
 
@@ -120,7 +126,7 @@ def test_its_folder_is_empty_writable_and_gone_afterwards(ran):
     source = "import os, tempfile\nprint(os.listdir())\nopen('a.txt', 'w').write('b')\nprint(open('a.txt').read())\n"
     source += "with tempfile.NamedTemporaryFile('w') as file: file.write('c')\nprint(os.getcwd())"
     before = set(Path("/tmp").glob("kdcli-program-*"))
-    assert ran(source).output == "['program.py']\nb\n/work\n"
+    assert ran(source).output == "['program.py']\nb\n/box\n"
     assert set(Path("/tmp").glob("kdcli-program-*")) <= before
 
 
