@@ -83,26 +83,21 @@ class Python(Tool):
     description = "runs a Python program and returns what it prints"
 
     def __init__(self, *, seconds: float = 5.0, memory_mib: int = 512) -> None:
-        self.seconds = seconds
-        self.memory_mib = memory_mib
+        self.limits = {"seconds": seconds, "memory_mib": memory_mib}
 
     def prepare(self, texts: Sequence[str]) -> None:
-        run_all(self.desk, [(source, "") for text in texts if (source := program_in(text))], *self._limits)
+        run_all(self.desk, [(source, "") for text in texts if (source := program_in(text))], self.limits)
 
     def __call__(self, text: str, state: State) -> str:
         del state
         source = program_in(text)
         if source is None:
             raise ToolError("there is no program in Python")
-        ran = run_all(self.desk, [(source, "")], *self._limits)[0]
+        ran = run_all(self.desk, [(source, "")], self.limits)[0]
         if ran.ok:
             return ran.output.strip() or "(it printed nothing)"
         last = ran.error.strip().splitlines()[-1:]
         raise ToolError("; ".join([ran.why, *last]))
-
-    @property
-    def _limits(self) -> tuple[float, int]:
-        return self.seconds, self.memory_mib
 
 
 class Search(Tool):

@@ -18,8 +18,8 @@ class Pair(Transform):
 
     `chosen`: `best` (highest score), or an expression over rows such as `meta.by == 'data'`, of whose rows the best is
     taken. `rejected`: `worst`, `random` (of those that are worse, by the run's seed), or an expression, of whose rows
-    the worst is taken. Where both have scores, chosen must be above rejected, by `margin` at least, else the group is a
-    tie and is set aside; `keep_ties` keeps it. A rehearsal keeps every pair, since what it sees are no answers.
+    the worst is taken. Where both have scores, chosen must be above rejected, by `margin` at least, else the group is
+    set aside; `keep_ties` keeps it. A rehearsal keeps every pair, since what it sees are no answers.
     """
 
     def __init__(
@@ -82,8 +82,9 @@ class Pair(Transform):
             raise BadRow("equal answers", "chosen and rejected would be the same text")
         if self.margin and (best.score is None or worst.score is None):
             raise BadRow("no score", "a margin needs scores; put a step judge, compare or rank before this one")
-        if not self.keep_ties and self._tie(best, worst):
-            raise BadRow("tie", f"chosen has score {best.score:g}, rejected {worst.score:g}; margin is {self.margin:g}")
+        if self._tie(best, worst) and not self.keep_ties and best.score is not None and worst.score is not None:
+            sentence = f"chosen has score {best.score:g}, rejected {worst.score:g}; margin is {self.margin:g}"
+            raise BadRow("tie" if best.score >= worst.score else "chosen is worse", sentence)
 
 
 def _best(rows: Sequence[Example], *, sign: int = 1, needed: bool = False) -> Example:
