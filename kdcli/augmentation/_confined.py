@@ -79,7 +79,7 @@ def main() -> None:
         _call("prctl", SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         _drop_capabilities()
         _call("prctl", SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        attempt("landlock", _landlock, readable, os.getcwd())
+        attempt("landlock", _landlock, readable, ".")
         with open(PROGRAM, "w", encoding="utf-8", errors="replace") as file:
             file.write(job["source"])
         _limit(job, held)
