@@ -47,3 +47,10 @@ def test_copy_overwrites_nothing(kdcli, tmp_path: Path) -> None:
     assert result.code == 2
     assert "exists and is not overwritten" in result.err
     assert (tmp_path / "mine.yaml").read_text() == "mine"
+
+
+def test_prompts_are_listed_with_their_line(kdcli, tmp_path: Path) -> None:
+    (tmp_path / "configs/prompt/label").mkdir(parents=True)
+    (tmp_path / "configs/prompt/label/mine.yaml").write_text("# Asks my way\nuser: x\n")
+    out = kdcli("ls", "prompt").out
+    assert "  label/mine " in out and "Asks my way" in out and "  rollout/plain " in out

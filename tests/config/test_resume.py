@@ -90,3 +90,21 @@ def test_more_steps_are_warned_about_where_a_schedule_is_spread_over_them(kind: 
 def test_another_schedule_is_another_objective() -> None:
     new = changed("objective.kd.weight", {"schedule": "linear", "start": 1, "end": 0})
     assert compare(OLD, new).refusals[0] == "objective.kd.weight: 1.0 -> absent"
+
+
+def test_an_augmentation_may_cost_more_but_asks_the_same() -> None:
+    old = {
+        "augmentation": {"answer": {"n": 1}},
+        "writer": {"teacher": {"model": "a", "concurrency": 1, "price_prompt": 0.0}},
+        "budget": {"max_calls": 1},
+        "augment": {"answers": "a.sqlite"},
+    }
+    new = {
+        "augmentation": {"answer": {"n": 2}},
+        "writer": {"teacher": {"model": "b", "concurrency": 9, "price_prompt": 1.0}},
+        "budget": {"max_calls": 2},
+        "augment": {"answers": "b.sqlite"},
+    }
+    changes = compare(old, new)
+    assert [line.partition(":")[0] for line in changes.refusals] == ["augmentation.answer.n", "writer.teacher.model"]
+    assert len(changes.free) == 4 and not changes.warnings
