@@ -126,7 +126,7 @@ def conflicts(use: str | None, acknowledged: Collection[str], found: Iterable[tu
     Empty while no use is declared. What is `acknowledged` (ids of rows) is the user's own affair: an agreement with the
     provider, say. Raises ConfigError for a use that there is not.
     """
-    return list(_sentences(use, acknowledged, found, ("no",)))
+    return list(_sentences(use, acknowledged, found, ("no",))) if use is not None else []
 
 
 def cautions(use: str | None, acknowledged: Collection[str], found: Iterable[tuple[str, str, Terms]]) -> list[str]:
