@@ -18,7 +18,7 @@ from kdcli.store.examples import BadRow
 from kdcli.text.parse import Parser
 from kdcli.text.prompt import Prompt
 
-SPELLED = 4  # items of which all permutations are written into the pattern that a writer is held to
+SPELLED = 5  # items of which all permutations are written into the pattern that a writer is held to
 
 
 @dataclass(kw_only=True)
@@ -183,7 +183,9 @@ class _ListParser:
 
     def form(self, chars: int | None = None) -> dict[str, Any] | None:
         """The parser's form, of this length. A short ranking as text is held to the permutations themselves."""
-        if self.parser.kind == "regex" and self.k <= SPELLED and "ranking" in self.parser.fields:
+        if self.parser.kind == "regex" and "ranking" in self.parser.fields:
+            if self.k > SPELLED:
+                return {"regex": rf"\[[0-9]+\]( > \[[0-9]+\]){{{self.k - 1}}}"}
             orders = permutations(range(1, self.k + 1))
             return {"regex": "(" + "|".join(r" > ".join(rf"\[{i}\]" for i in order) for order in orders) + ")"}
         found = self.parser.form(chars)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
+from collections.abc import Iterable
 
 import pytest
 
@@ -17,15 +17,14 @@ from tests.desks import run
 ROWS = [Example(prompt="Q", response=f"answer {quality}", group="g") for quality in (3, 1, 2, 5)]
 
 
+def ranking(order: Iterable[int]) -> str:
+    return " > ".join(f"[{i}]" for i in order)
+
+
 def honest(request: Request) -> str:
     """The best first, by the numbers in what is shown."""
     found = [int(number) for number in re.findall(r"(?:answer|passage) (\d+)", request.messages[-1]["content"])]
-    order = sorted(range(len(found)), key=lambda i: -found[i])
-    return json.dumps({"ranking": [i + 1 for i in order]})
-
-
-def as_text(request: Request) -> str:
-    return " > ".join(f"[{i}]" for i in json.loads(honest(request))["ranking"])
+    return ranking(i + 1 for i in sorted(range(len(found)), key=lambda i: -found[i]))
 
 
 def test_scores_go_from_one_for_the_best_to_zero_for_the_last() -> None:
@@ -36,43 +35,44 @@ def test_scores_go_from_one_for_the_best_to_zero_for_the_last() -> None:
     assert len(step.desk.asked) == 1
 
 
-@pytest.mark.parametrize("ranking", [[1, 2, 3], [1, 2, 3, 3], [0, 1, 2, 3], [1, 2, 3, 4, 5]])
-def test_what_is_no_permutation_sets_the_group_aside(ranking: list[int]) -> None:
+@pytest.mark.parametrize("wrong", [[1, 2, 3], [1, 2, 3, 3], [0, 1, 2, 3], [1, 2, 3, 4, 5]])
+def test_what_is_no_permutation_sets_the_group_aside(wrong: list[int]) -> None:
     step = Rank()
     other = [Example(prompt="Z", response=f"answer {i}", group="h") for i in (1, 2)]
-    wrong = json.dumps({"ranking": ranking})
-    rows = run(step, [*ROWS, *other], lambda r: honest(r) if "Z" in r.messages[-1]["content"] else wrong)
+    rows = run(step, [*ROWS, *other], lambda r: honest(r) if "Z" in r.messages[-1]["content"] else ranking(wrong))
     assert [row.response for row in rows] == ["answer 1", "answer 2"]
     assert len(step.desk.set_aside) == 4
 
 
 def test_an_invalid_ranking_is_asked_for_again() -> None:
-    said = iter([json.dumps({"ranking": [1, 1, 2, 3]}), json.dumps({"ranking": [4, 1, 3, 2]})])
+    said = iter([ranking([1, 1, 2, 3]), ranking([4, 1, 3, 2])])
     step = Rank(attempts=2)
     assert [row.score for row in run(step, ROWS, lambda request: next(said))][3] == 1.0
     assert len({request.seed for _, request in step.desk.asked}) == 2
 
 
-def test_writers_are_held_to_lists_of_the_right_length() -> None:
+def test_writers_are_held_to_permutations_of_the_right_length() -> None:
     step = Rank()
-    run(step, ROWS, honest)
-    form = step.desk.asked[0][1].form
-    assert form is not None
-    items = {"type": "integer", "minimum": 1, "maximum": 4}
-    assert form["json"]["properties"]["ranking"] == {"type": "array", "minItems": 4, "maxItems": 4, "items": items}
-    passages = [{"text": f"passage {i}"} for i in (2, 3, 1)]
-    over = Rank(prompt="rank/permutation", over="passages")
-    run(over, [Example(prompt="q", meta={"passages": passages})], as_text)
-    pattern = over.desk.asked[0][1].form
-    assert pattern is not None
-    assert re.fullmatch(pattern["regex"], "[2] > [1] > [3]")
-    assert not re.fullmatch(pattern["regex"], "[2] > [2] > [3]")
+    run(step, [*ROWS, *(Example(prompt="Z", response=f"answer {i}", group="h") for i in range(7))], honest)
+    short, long = (str((request.form or {})["regex"]) for _, request in step.desk.asked)
+    assert re.fullmatch(short, "[2] > [4] > [1] > [3]")
+    assert not re.fullmatch(short, "[2] > [2] > [1] > [3]")
+    assert not re.fullmatch(short, "[2] > [1] > [3]")
+    assert re.fullmatch(long, ranking(range(1, 8)))
+    assert not re.fullmatch(long, ranking(range(1, 7)))
+    scores = Rank(prompt="rank/scores")
+    run(scores, ROWS, lambda request: '{"scores": [1, 2, 3, 4]}')
+    form = scores.desk.asked[0][1].form or {}
+    assert (form["json"]["properties"]["scores"]["minItems"], form["json"]["properties"]["scores"]["maxItems"]) == (
+        4,
+        4,
+    )
 
 
 def test_passages_are_sorted_and_keep_what_they_had() -> None:
     passages = [{"text": f"passage {i}", "id": i} for i in (2, 9, 4)]
     row = Example(prompt="query", meta={"passages": passages})
-    ranked = run(Rank(prompt="rank/permutation", over="passages"), [row], as_text)[0]
+    ranked = run(Rank(prompt="rank/permutation", over="passages"), [row], honest)[0]
     assert [(p["id"], p["rank"], p["score"]) for p in ranked.meta["passages"]] == [
         (9, 1, 1.0),
         (4, 2, 0.5),
@@ -86,7 +86,7 @@ def test_windows_bring_the_best_of_a_long_list_to_its_front() -> None:
     numbers = random.Random(1).sample(range(100), 15)
     row = Example(prompt="query", meta={"passages": [{"text": f"passage {n}", "id": n} for n in numbers]})
     step = Rank(prompt="rank/permutation", over="passages", window=4, stride=2)
-    ranked = run(step, [row], as_text)[0]
+    ranked = run(step, [row], honest)[0]
     ids = [p["id"] for p in ranked.meta["passages"]]
     assert ids[:2] == sorted(numbers, reverse=True)[:2]
     assert sorted(ids) == sorted(numbers)
@@ -113,7 +113,7 @@ def test_lone_answers_and_rows_without_passages_are_set_aside() -> None:
     assert run(step, [Example(prompt="Q", response="A")], honest) == []
     assert step.desk.reasons == ["alone in its group"]
     over = Rank(prompt="rank/permutation", over="passages")
-    assert run(over, [Example(prompt="Q")], as_text) == []
+    assert run(over, [Example(prompt="Q")], honest) == []
     assert over.desk.reasons == ["lacks a field"]
 
 

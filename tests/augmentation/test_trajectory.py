@@ -260,7 +260,7 @@ def test_no_arm_costs_a_step() -> None:
 
 
 def test_ucb_is_the_formula() -> None:
-    """After A: 1, 0 and B: 1, A has 0.5 + sqrt(2 ln 3 / 2) = 1.548 and B 1 + sqrt(2 ln 3) = 2.482. A pull of B that pays
+    """After A: 1, 0 and B: 1, A has 0.5 + sqrt(2 ln 3 / 2) = 1.548 and B 1 + sqrt(2 ln 3) = 2.482. A pull of B paying
     0 makes both 0.5 + sqrt(2 ln 4 / 2) = 1.677: the first is taken."""
     world = Bandit(arms=2, rewards="bernoulli", gap=0.2, horizon=9, history="raw", seed=0)
     assert world.ucb() == 0
