@@ -107,7 +107,7 @@ class _Rows:
             ):
                 if self.data.domain is None and example.domain != self.name:
                     continue
-                yield replace(example, domain=self.name)
+                yield example if example.domain == self.name else replace(example, domain=self.name)
                 left = None if left is None else left - 1
                 if left == 0:
                     return self.bad.close()

@@ -270,13 +270,15 @@ def _check(record: Record) -> None:
             isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300
         ):
             raise BadRow("no number", "the answer's score is no number")
-        if name == "messages" and not _is_chat(value):
+        if name == "messages" and not is_chat(value):
             raise BadRow("no messages", "the answer's messages are no list of role and content with an assistant's")
     for text in _texts(record):
         if "\x00" in text:
             raise BadRow("broken text", "the answer holds a NUL character")
-        if any("\ud800" <= one <= "\udfff" for one in text):
-            raise BadRow("broken text", "the answer holds half a character (a lone surrogate)")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise BadRow("broken text", "the answer holds half a character (a lone surrogate)") from None
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -291,7 +293,8 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(inner)
 
 
-def _is_chat(messages: Any) -> bool:
+def is_chat(messages: Any) -> bool:
+    """Whether a value is a chat with an assistant's turn, none of them empty."""
     whole = isinstance(messages, list) and all(
         isinstance(one, Mapping)
         and one.keys() >= {"role", "content"}
