@@ -64,6 +64,8 @@ class Asking(Transform):
     """
 
     extra: ClassVar[Sequence[str]] = ()  # names that the step gives to its templates, besides the row's fields
+    n: int = 1  # samples about each row
+    main: ClassVar[str] = "prompt"  # the setting that names the prompt, for messages
 
     def __init__(
         self,
@@ -78,7 +80,7 @@ class Asking(Transform):
     ) -> None:
         self.where = f"augmentation: {type(self).__name__.lower()}"
         self.prompts: list[Prompt] = []
-        self.prompt = self.load(prompt, "prompt")
+        self.prompt = self.load(prompt, self.main)
         self.writer = writer
         self.temperature = temperature
         self.max_tokens = max_tokens
@@ -101,7 +103,7 @@ class Asking(Transform):
         return xxhash.xxh3_128_hexdigest(" ".join(prompt.hash for prompt in self.prompts).encode())
 
     def __call__(self, examples: Iterable[Example]) -> Iterator[Example]:
-        for example, replies in self.asked(examples):
+        for example, replies in self.asked(examples, n=self.n):
             if replies is None:
                 yield example
             elif replies:
@@ -276,6 +278,8 @@ def filled(example: Example, record: Mapping[str, Any], written: Mapping[str, An
     """`example` with the fields of a record: content and score where they are an example's own, else in `meta`; and
     one more entry in `meta.written`."""
     own = {name: value for name, value in record.items() if name in CONTENT}
+    if "score" in own:
+        own["score"] = float(own["score"])
     meta = {**example.meta, **{name: value for name, value in record.items() if name not in CONTENT}}
     if written is not None:
         meta["written"] = [*example.meta.get("written", ()), dict(written)]
@@ -283,16 +287,20 @@ def filled(example: Example, record: Mapping[str, Any], written: Mapping[str, An
 
 
 def child(parents: Sequence[Example], record: Mapping[str, Any], written: Mapping[str, Any], **fields: Any) -> Example:
-    """A new row that came of `parents`: their keys in `meta.parents`, the first one's domain, source and licence."""
+    """A new row that came of `parents`: their keys in `meta.parents`, the first one's domain and source, the licences
+    of all, and before the new entry of `meta.written` theirs, each once: whose words are in it is not forgotten."""
     if not parents:
         raise ConfigError("a row that was written needs at least one parent")
     first = parents[0]
-    licences = sorted({str(one.meta["license"]) for one in parents if one.meta.get("license")})
-    meta: dict[str, Any] = {"parents": [content_key(one) for one in parents]}
+    found = (one.meta.get("license") for one in parents)
+    licences = sorted({str(one) for each in found if each for one in (each if isinstance(each, list) else [each])})
+    meta: dict[str, Any] = {**fields.pop("meta", {}), "parents": list(dict.fromkeys(map(content_key, parents)))}
     if first.meta.get("source"):
         meta["source"] = first.meta["source"]
     if licences:
         meta["license"] = licences[0] if len(licences) == 1 else licences
+    if earlier := [dict(entry) for one in parents for entry in one.meta.get("written", ())]:
+        meta["written"] = [entry for number, entry in enumerate(earlier) if entry not in earlier[:number]]
     base = Example(domain=first.domain, meta=meta, **fields)
     return filled(base, record, written)
 
