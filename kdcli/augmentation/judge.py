@@ -22,8 +22,8 @@ class Judge(Grouped):
     The score goes `into` the row's `score` or a name of `meta`; what else the judge says goes to `meta`. The score of a
     record is its `score`, or the mean of its `aspects` {name: rating}, or minus the sum of the `penalty` of its
     `errors`, or the `points` of its `verdict`. Judged passages keep what was said of each; the row's score is left.
-    A score beyond the prompt's scale (its parser's bounds) makes no row, nor does a passage that nobody could judge. Templates may name `principle`, one of
-    `principles` (empty: the packaged ones) drawn per row, and `passage`.
+    A score beyond the prompt's scale (its parser's bounds) makes no row, nor does a passage that nobody could judge.
+    Templates may name `principle`, one of `principles` (empty: the packaged ones) drawn per row, and `passage`.
     """
 
     extra = ("principle", "passage")
