@@ -17,6 +17,7 @@ class Records:
     """Byte strings of one width by row number."""
 
     def __init__(self, path: Path, width: int) -> None:
+        self.path = path
         self.width = width
         self.count = 0
         self._file = _open(path)
@@ -31,7 +32,9 @@ class Records:
         return os.pread(self._file, self.width, row * self.width)
 
     def close(self) -> None:
+        """Give the file up."""
         os.close(self._file)
+        self.path.unlink(missing_ok=True)
 
 
 class Tags:
@@ -75,7 +78,9 @@ class Tags:
             at += READ
 
     def close(self) -> None:
+        """Give the file up."""
         os.close(self._file)
+        self.path.unlink(missing_ok=True)
 
     def _double(self) -> None:
         """Move all entries to a table of twice the size, a stretch at a time: no run of taken slots is cut."""

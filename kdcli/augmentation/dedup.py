@@ -70,22 +70,24 @@ class Dedup(Transform):
             yield from examples
             return
         index = self._index()
-        units = groups(examples) if self.field == "prompt" else ([example] for example in examples)
+        try:
+            yield from self._sifted(examples, index)
+        finally:
+            index.close()
+
+    def _sifted(self, examples: Iterable[Example], index: _Index) -> Iterator[Example]:
         held: list[tuple[list[Example], str]] = []
-        for unit in units:
+        for unit in groups(examples) if self.field == "prompt" else ([example] for example in examples):
             text = text_of(unit[0], self.field)
-            if text is None:
-                yield from self._decided(index, held)  # in order
-                held = []
-                for example in unit:
-                    self.desk.aside(example, *lacking(self.field))
-                continue
-            held.append((unit, text))
-            if len(held) == BLOCK:
+            if text is not None:
+                held.append((unit, text))
+            if text is None or len(held) == BLOCK:
                 yield from self._decided(index, held)
                 held = []
+            if text is None:
+                for example in unit:
+                    self.desk.aside(example, *lacking(self.field))
         yield from self._decided(index, held)
-        index.close()
 
     def _decided(self, index: _Index, held: Sequence[tuple[list[Example], str]]) -> Iterator[Example]:
         scopes = [unit[0].domain if self.within == "domain" else "" for unit, _ in held]

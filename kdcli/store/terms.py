@@ -8,66 +8,34 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from difflib import get_close_matches
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
-
-import xxhash
-import yaml
+from typing import Any
 
 from kdcli.errors import ConfigError
-from kdcli.store import paths
+from kdcli.store.terms_table import QUESTIONS, STRICTER, UNKNOWN, Row, Terms, files, fingerprint, normal, table
 
-Says = Literal["yes", "conditional", "unknown", "no"]
-STRICTER = ("yes", "conditional", "unknown", "no")
-QUESTIONS = {
-    "outputs_may_train": "training a model on it",
-    "commercial": "commercial use",
-    "competing_models": "models that compete with its provider",
-}
+__all__ = [
+    "NO_ADVICE",
+    "QUESTIONS",
+    "STRICTER",
+    "UNKNOWN",
+    "USES",
+    "Terms",
+    "cautions",
+    "conflicts",
+    "files",
+    "fingerprint",
+    "joined",
+    "terms_of",
+]
+
 USES = {  # a declared use -> what must be allowed for it
     "research": ("outputs_may_train",),
     "commercial": ("outputs_may_train", "commercial"),
     "competing": ("outputs_may_train", "commercial", "competing_models"),
 }
 NO_ADVICE = "the table of terms is a record-keeping aid and no legal advice"
-FILLERS = {"the", "license", "licence", "licensed", "data", "text", "version", "under"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Terms:
-    """One row of the table, or several joined: of each question the strictest answer, ids with `+` between."""
-
-    id: str
-    kind: str  # licence (of a model's weights or of data) | terms (of a provider) | unknown
-    outputs_may_train: Says = "unknown"  # of a model: what it writes; of data: the data itself
-    commercial: Says = "unknown"
-    competing_models: Says = "unknown"
-    share_alike: bool = False
-    attribution: str = ""  # whom to name, and how; empty: nobody
-    naming: str = ""  # a rule for the name of what is trained; empty: none
-    source: str = ""  # where the text that holds is
-    checked_on: str = ""
-    verified: bool = False  # whether the text itself was read on that day, and not what others say of it
-    note: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """JSON for manifests and cards."""
-        return asdict(self)
-
-
-UNKNOWN = Terms(id="unknown", kind="unknown", note="no row of the table of terms fits")
-
-
-@dataclass(frozen=True)
-class _Row:
-    terms: Terms
-    licences: Sequence[str]  # patterns of names, normalised
-    hosts: Sequence[str]
-    models: Sequence[str]
 
 
 def terms_of(
@@ -82,7 +50,7 @@ def terms_of(
     `license` is an SPDX name or expression, free text such as `public domain (data CC0-1.0)`, or several of them.
     Raises ConfigError where `given` is no row, or the table is broken.
     """
-    rows = _table(_stamp())
+    rows = table()
     if given:
         return _by_id(given, rows)
     found = [r.terms for r in rows if endpoint and _host(endpoint) and _host_fits(_host(endpoint), r.hosts)][:1]
@@ -134,17 +102,6 @@ def cautions(use: str | None, acknowledged: Collection[str], found: Iterable[tup
     return list(_sentences(use, acknowledged, found, ("conditional", "unknown") if use else STRICTER[1:]))
 
 
-def fingerprint() -> str:
-    """A hash of the table, for steps whose output depends on it."""
-    rows = [repr((row.terms, row.licences, row.hosts, row.models)) for row in _table(_stamp())]
-    return xxhash.xxh3_128_hexdigest("\n".join(rows).encode())
-
-
-def files() -> Sequence[Path]:
-    """Where the table lies, the user's own first."""
-    return Path("configs/terms.yaml"), paths.configs() / "terms.yaml"
-
-
 def _sentences(
     use: str | None, acknowledged: Collection[str], found: Iterable[tuple[str, str, Terms]], answers: Collection[str]
 ) -> Iterator[str]:
@@ -174,66 +131,7 @@ def _sentence(use: str | None, kind: str, name: str, terms: Terms, hit: Sequence
     )
 
 
-# ------------------------------------------------------------------------------------------------ the table
-
-
-def _stamp() -> tuple[tuple[str, int, int], ...]:
-    """What tells one state of the files from another."""
-    return tuple(
-        (str(file.resolve()), status.st_mtime_ns, status.st_size)
-        for file in files()
-        if file.is_file() and (status := file.stat())
-    )
-
-
-@lru_cache(maxsize=4)
-def _table(stamp: tuple[tuple[str, int, int], ...]) -> tuple[_Row, ...]:
-    rows: dict[str, _Row] = {}
-    for file, _, _ in stamp:
-        for row in _read(Path(file)):
-            rows.setdefault(row.terms.id, row)
-    return tuple(rows.values())
-
-
-def _read(file: Path) -> Iterator[_Row]:
-    try:
-        content = yaml.safe_load(file.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(content, dict) or not isinstance(content.get("terms"), list):
-        raise ConfigError(f"{file}: holds no list `terms`; copy a row of the packaged configs/terms.yaml")
-    for number, row in enumerate(content["terms"], start=1):
-        yield _row(row, f"{file}: row {number}")
-
-
-def _row(row: Any, where: str) -> _Row:
-    known = set(Terms.__dataclass_fields__) | {"matches"}
-    if not isinstance(row, Mapping) or not row.get("id") or row.get("kind") not in ("licence", "terms"):
-        raise ConfigError(f"{where}: a row needs an id, and kind licence or terms")
-    where = f"{where} ({row['id']})"
-    if unknown := set(row) - known:
-        raise ConfigError(f"{where}: has no key {sorted(unknown)[0]}; the keys are {', '.join(sorted(known))}")
-    # yes and no without quotes are YAML's own words for true and false.
-    said = {q: {"True": "yes", "False": "no"}.get(str(row.get(q)), row.get(q, "unknown")) for q in QUESTIONS}
-    for question, answer in said.items():
-        if answer not in STRICTER:
-            raise ConfigError(f"{where}.{question}: is {answer}; write one of {', '.join(STRICTER)}")
-    if "+" in str(row["id"]):
-        raise ConfigError(f"{where}: an id has no +, which joins ids")
-    matches = row.get("matches") or {}
-    if not isinstance(matches, Mapping) or (odd := set(matches) - {"licences", "hosts", "models"}):
-        raise ConfigError(f"{where}.matches: holds lists of licences, hosts and models{f', no {odd}' if odd else ''}")
-    values: dict[str, Any] = {k: v for k, v in {**row, **said}.items() if k != "matches" and v is not None}
-    values = {k: v if isinstance(v, bool) else " ".join(str(v).split()) for k, v in values.items()}
-    return _Row(
-        Terms(**values),
-        tuple(_normal(str(name)) for name in (row["id"], *matches.get("licences", ()))),
-        tuple(str(host).lower() for host in matches.get("hosts", ())),
-        tuple(str(pattern).lower() for pattern in matches.get("models", ())),
-    )
-
-
-def _by_id(given: str, rows: Sequence[_Row]) -> Terms:
+def _by_id(given: str, rows: Sequence[Row]) -> Terms:
     known = {row.terms.id: row.terms for row in rows} | {UNKNOWN.id: UNKNOWN}
     parts = given.split("+")
     for part in parts:
@@ -246,17 +144,14 @@ def _by_id(given: str, rows: Sequence[_Row]) -> Terms:
     return joined(known[part] for part in parts)
 
 
-# ---------------------------------------------------------------------------------------- what a row fits
-
-
-def _of_text(stated: str, rows: Sequence[_Row]) -> Terms:
+def _of_text(stated: str, rows: Sequence[Row]) -> Terms:
     """The terms of a licence as people state it. Of `A OR B` the user takes the more permissive; of all else that is
     named everything holds; a name that is not known, outside of parentheses, makes the whole unknown."""
     choices = [_all_of(choice, rows) for choice in re.split(r"\s+OR\s+", stated)]
     return min(choices, key=lambda terms: [STRICTER.index(getattr(terms, question)) for question in QUESTIONS])
 
 
-def _all_of(stated: str, rows: Sequence[_Row]) -> Terms:
+def _all_of(stated: str, rows: Sequence[Row]) -> Terms:
     if whole := _named(stated, rows):
         return whole
     asides = re.findall(r"\(([^()]*)\)", stated)
@@ -275,16 +170,11 @@ def _parts(text: str) -> list[str]:
     return [part.strip() for part in re.split(r"[,;/|&()]|\s+AND\s+|\s+and\s+", text) if part.strip()]
 
 
-def _named(name: str, rows: Sequence[_Row]) -> Terms | None:
-    plain = _normal(name)
+def _named(name: str, rows: Sequence[Row]) -> Terms | None:
+    plain = normal(name)
     found = next((row.terms for row in rows if any(fnmatch.fnmatchcase(plain, p) for p in row.licences)), None)
     narrowed = re.search(r"\bnon-?commercial|research-only|no-derivatives", plain)
     return None if narrowed and found and found.commercial == "yes" else found
-
-
-def _normal(name: str) -> str:
-    words = [word for word in re.split(r"[\s_-]+", name.lower().strip()) if word not in FILLERS]
-    return "-".join(words)
 
 
 def _host(endpoint: str) -> str:
