@@ -137,7 +137,7 @@ def test_each_step_may_be_a_row_of_its_own() -> None:
 
 
 def test_a_writer_plays_the_tools_of_a_row() -> None:
-    tools = [{"name": "weather", "description": "tells the weather", "parameters": "a town"}]
+    tools = [{"name": "weather", "description": "tells the weather", "arguments": "a town"}]
     row = Example(prompt="Rain in Oslo?", meta={"tools": tools})
 
     def say(request: Request) -> str:
@@ -150,7 +150,7 @@ def test_a_writer_plays_the_tools_of_a_row() -> None:
     step = agent(simulator="trajectory/simulated_tool", writer="teacher", writer_tool="player")
     made = run(step, [row], say)[0]
     assert observed(made) == ['Observation: {"rain": true}']
-    assert "weather: tells the weather" in (made.messages or ())[0]["content"]
+    assert "weather: tells the weather (input: a town)" in (made.messages or ())[0]["content"]
     assert [writer for writer, _ in step.desk.asked] == ["teacher", "player", "teacher"]
     assert set(step.writers()) == {"teacher", "player"}
 
