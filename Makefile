@@ -45,6 +45,7 @@ bench: $(STAMP)       ## cost of distillation against plain fine-tuning, as rati
 
 docs: $(STAMP)        ## the tables of docs/objectives.md, from the code
 	$(BIN)/python docs/objectives.py
+	$(BIN)/python docs/augmentation.py
 	$(BIN)/python docs/encoders.py
 
 clean:           ## remove the virtual environment, caches and build products (never runs/)
