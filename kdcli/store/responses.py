@@ -143,9 +143,10 @@ class Responses:
         `done` gets the answers as they are stored, after the commit; another process's came first where it has the
         same. `failed` gets the error if there is one. Both are called from another thread."""
         self._failed = failed
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._commit_all, name="kdcli-answers", daemon=True)
-            self._thread.start()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._commit_all, name="kdcli-answers", daemon=True)
+                self._thread.start()
         self._queue.put(_Entry(keys, answers, account, spent, done))
 
     def recall(self, kind: str, keys: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from kdcli.api import Answer, Request
-from tests.pipeline.parts import Asks, Label, committed, ended, files, noted, pipeline, seeds, server
+from tests.pipeline.parts import Asks, Label, committed, ended, files, forked, noted, pipeline, seeds, server
 
 POINTS = ("answer:step=9", "stored:step=2", "row:step=13", "commit_step:step=1", "commit_step:step=3", "final")
 
@@ -87,6 +88,18 @@ def test_files_do_not_depend_on_concurrency(whole: Whole, tmp_path: Path, concur
     pipeline(tmp_path, Asks(whole.port, concurrency)).run()
     assert files(tmp_path / "run") == whole.files
     assert committed(tmp_path / "answers.sqlite") == set(whole.questions)
+
+
+def test_two_runs_at_once_share_a_store_and_end_alike(whole: Whole, tmp_path: Path) -> None:
+    seeds(tmp_path)
+
+    def one(name: str) -> None:
+        pipeline(tmp_path, Asks(whole.port), run=name).run()
+
+    with forked(lambda: one("other")) as other:
+        one("run")
+        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
+    assert files(tmp_path / "run") == files(tmp_path / "other") == whole.files
 
 
 class Together(Asks):

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -73,6 +74,30 @@ def test_an_answer_is_committed_before_it_is_told(store: Responses) -> None:
 
     store.keep([b"k"], [answer()], account=ACCOUNT, spent=ONE, done=done, failed=lambda error: None)
     assert told.wait(20) and seen == [1]
+
+
+def test_many_threads_hand_answers_to_one_that_commits_and_ends(tmp_path: Path) -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(20):
+            store = Responses(tmp_path / f"{number}.sqlite")
+            begin = threading.Barrier(8)
+
+            def hand(thread: int, store: Responses = store, begin: threading.Barrier = begin) -> None:
+                begin.wait()
+                keep(store, bytes([thread]), answer())
+
+            threads = [threading.Thread(target=hand, args=(thread,)) for thread in range(8)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sum(one.name == "kdcli-answers" for one in threading.enumerate()) == 1
+            store.close()
+            assert not [one for one in threading.enumerate() if one.name == "kdcli-answers"]
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_the_first_answer_stays_and_failures_only_cost(store: Responses) -> None:
