@@ -3,39 +3,40 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from kdcli.writer._patterns import ENOUGH, bounded_regex
+
+TEXT = r"[^\x00-\x1f\x22\x5c]"  # what a string holds without an escape
 PRINTABLE = r"[ -!#-\[\]-~]"  # ASCII without the quote and the backslash: a byte, and so at most a token, each
-BEYOND = r"\x{80}-\x{10FFFF}"
 NUMBER = 12  # characters that a number is taken to have
-QUANTIFIER = re.compile(r"\*|\+|\{(\d+),\}")
-SPACES = (r"\s", " ", r"\n", "[ \t]", r"[ \t]", r"[\s]")
 
 
 def grammar(form: Mapping[str, Any], characters: int, *, ascii_only: bool) -> str:
     """The form in llguidance's own writing, with at most about `characters` in an answer.
 
-    Strings without a shorter `maxLength`, lists without fewer `maxItems` and repeats without an end share what the
-    fixed parts leave. `ascii_only` also keeps characters of more bytes out, and digits from going on.
+    Strings, lists and repeats that could be longer share what the fixed parts leave. `ascii_only` also keeps characters
+    of more bytes out, and digits from going on. Of a JSON schema what llguidance does not know is left to the model.
     """
     from llguidance import LLMatcher
 
     if "regex" in form:
         return LLMatcher.grammar_from_regex(bounded_regex(str(form["regex"]), characters, ascii_only=ascii_only))
     schema = bounded_schema(form["json"], characters, ascii_only=ascii_only)
-    return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_flexible": False})
-
-
-# ------------------------------------------------------------------------------------------------------ JSON schemas
+    return LLMatcher.grammar_from_json_schema(
+        json.dumps(schema), overrides={"whitespace_flexible": False, "lenient": True}
+    )
 
 
 def bounded_schema(schema: Mapping[str, Any], characters: int, *, ascii_only: bool) -> Any:
     """`schema` with lengths; whatever it allows, the given one allows too."""
-    items = max(2, min(32, characters // 48))
-    fixed, strings = _size(schema, schema, items, 8)
-    length = max(1, (characters - fixed) // max(1, strings))
+    length, items = 1, 1
+    for items in (32, 16, 8, 4, 2, 1):
+        fixed, strings = _size(schema, schema, items, 8)
+        length = max(1, (characters - fixed) // max(1, strings))
+        if length >= ENOUGH:
+            break
     return _bounded(schema, length, items, ascii_only)
 
 
@@ -58,7 +59,7 @@ def _size(schema: Any, root: Any, items: int, depth: int) -> tuple[int, int]:
         ]
         return 2 + sum(key + fixed for key, (fixed, _) in parts), sum(strings for _, (_, strings) in parts)
     if kind == "array":
-        number = min(schema.get("maxItems", items), max(items, schema.get("minItems", 0)))
+        number = max(schema.get("minItems", 0), min(schema.get("maxItems", items), items))
         fixed, strings = _size(schema.get("items", {}), root, items, depth - 1)
         return 2 + number * (fixed + 1), number * strings
     return (NUMBER, 0) if kind in ("number", "integer", "boolean", "null") else (2, 1)
@@ -86,7 +87,7 @@ def _bounded(schema: Any, length: int, items: int, ascii_only: bool) -> Any:
     if "properties" in made:
         made.setdefault("additionalProperties", False)
     if kind == "array":
-        made["maxItems"] = min(made.get("maxItems", items), max(items, made.get("minItems", 0)))
+        made["maxItems"] = max(made.get("minItems", 0), min(made.get("maxItems", items), items))
     if kind == "string" and "format" not in made:
         return _string(made, length, ascii_only)
     if kind in ("number", "integer") and ascii_only:
@@ -98,45 +99,19 @@ def _string(made: dict[str, Any], length: int, ascii_only: bool) -> dict[str, An
     least = made.get("minLength", 0)
     most = max(least, min(made.get("maxLength", length), length))
     if "pattern" in made:
-        return made | {"pattern": bounded_regex(made["pattern"], length, ascii_only=ascii_only)}
+        return {key: value for key, value in made.items() if key not in ("minLength", "maxLength")} | {
+            "pattern": _ended(made["pattern"], length, ascii_only)
+        }
     if ascii_only:
         kept = {key: value for key, value in made.items() if key not in ("minLength", "maxLength")}
         return kept | {"pattern": f"^{PRINTABLE}{{{least},{most}}}$"}
     return made | {"maxLength": most}
 
 
-# ------------------------------------------------------------------------------------------------- regular expressions
-
-
-def bounded_regex(pattern: str, characters: int, *, ascii_only: bool) -> str:
-    """`pattern` with an end to every repeat: `+`, `*` and `{m,}` of white space once, of others a share each."""
-    parts = _parts(pattern)
-    shared = [place for place, part in enumerate(parts) if place and _endless(part) and parts[place - 1] not in SPACES]
-    fixed = sum(1 for part in parts if not QUANTIFIER.fullmatch(part))
-    length = max(1, (characters - fixed) // max(1, len(shared)))
-    made = []
-    for place, part in enumerate(parts):
-        if place and _endless(part):
-            least = {"*": 0, "+": 1}.get(part) if part in "*+" else int(part[1:-2])
-            most = max(least or 0, length if parts[place - 1] not in SPACES else 1)
-            made.append(f"{{{least},{most}}}")
-        elif ascii_only and part.startswith("[^"):
-            made.append(part[:-1] + BEYOND + "]")
-        elif ascii_only and part == ".":
-            made.append("[ -~]")
-        else:
-            made.append(part)
-    return "".join(made)
-
-
-def _endless(part: str) -> bool:
-    return QUANTIFIER.fullmatch(part) is not None
-
-
-def _parts(pattern: str) -> list[str]:
-    """A pattern cut into escapes, classes, quantifiers and single characters."""
-    found = re.findall(
-        r"\\(?:x\{[^}]*\}|[pP]\{[^}]*\}|.)|\[\^?\]?(?:\\.|\[:\w+:\]|[^\]\\])*\]|\{\d*,?\d*\}|.", pattern, re.DOTALL
-    )
-    assert "".join(found) == pattern, "every character is in one part"
-    return found
+def _ended(pattern: str, length: int, ascii_only: bool) -> str:
+    """A string's pattern, which may match anywhere in it, with an end to what stands before and behind."""
+    begun, ended = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith(r"\$")
+    inner = pattern[begun : len(pattern) - ended]
+    around = f"{PRINTABLE if ascii_only else TEXT}*"
+    whole = f"{'' if begun else around}({inner}){'' if ended else around}"
+    return f"^{bounded_regex(whole, length, ascii_only=ascii_only)}$"

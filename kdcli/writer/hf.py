@@ -237,18 +237,24 @@ class HFWriter(Writer):
         """What holds a text to a form; None for free text."""
         if form is None or not self.constrain or self._guide is None:
             return None
-        from llguidance import LLMatcher
-
         text = grammar(form, characters, ascii_only=ascii_only)
         if text not in self._matchers:
-            made = LLMatcher(self._guide, text, log_level=0)
-            if made.is_error():
-                log.warning("writer: a form cannot be held to, and is left to the model: %s", _reason(made.get_error()))
             if len(self._matchers) >= 256:
                 self._matchers.clear()
-            self._matchers[text] = None if made.is_error() else made
+            self._matchers[text] = self._compiled(text)
         known = self._matchers[text]
         return None if known is None else known.deep_copy()
+
+    def _compiled(self, text: str) -> Any:
+        """A form ready to hold a text to; None, which is told, if there is no such form."""
+        from llguidance import LLMatcher
+
+        made = LLMatcher(self._guide, text, log_level=0)
+        if not made.is_error():
+            return made
+        reason = " ".join(made.get_error().split())[:200]
+        log.warning("writer: a form cannot be held to, and is left to the model: %s", reason)
+        return None
 
     # ------------------------------------------------------------------------------------------------------ after
 
@@ -284,10 +290,6 @@ def _guide(tokenizer: Any, model: Any) -> Any:
     return llguidance.hf.from_tokenizer(
         tokenizer, n_vocab=max(model.config.get_text_config().vocab_size, len(tokenizer))
     )
-
-
-def _reason(error: str) -> str:
-    return " ".join(error.split())[:200]
 
 
 def _license_beside(path: str) -> str | None:
