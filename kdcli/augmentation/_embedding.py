@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from kdcli.augmentation._sifting import words
 from kdcli.errors import ConfigError
 from kdcli.store import paths
 from kdcli.store.content import file_hash
-
-from ._sifting import words
 
 Vectors = npt.NDArray[np.float32]  # [N, D] rows of length 1; a text without words is 0
 Encoder = Callable[[Sequence[str]], Vectors]

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ._sifting import words
-from ._table import Records, Tags
+from kdcli.augmentation._sifting import words
+from kdcli.augmentation._table import Records, Tags
 
 HASHES = 128  # of a signature: an estimate of Jaccard similarity J is off by sqrt(J (1 - J) / 128), at most 0.044
 SHINGLE = 3  # words in a row that make one element of a text's set

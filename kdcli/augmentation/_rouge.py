@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from ._sifting import words
+from kdcli.augmentation._sifting import words
 
 Words = Sequence[str]
 

@@ -11,12 +11,11 @@ import numpy as np
 import xxhash
 
 from kdcli.api import Desk, Example
+from kdcli.augmentation._sifting import Field, Filter, lacking, text_of, words
 from kdcli.errors import ConfigError
 from kdcli.store import paths
 from kdcli.store.content import file_hash
 from kdcli.store.examples import CONTENT, BadRow, parse_line, read_lines
-
-from ._sifting import Field, Filter, lacking, text_of, words
 
 SHORT = 8  # words of the n-grams of items with fewer than n words; GPT-3's least n
 COMMON = 10  # an n-gram of more items is boilerplate; GPT-3 leaves out those that its training text has so often

@@ -13,14 +13,13 @@ import numpy as np
 import xxhash
 
 from kdcli.api import Example, Transform
+from kdcli.augmentation import _embedding
+from kdcli.augmentation._asking import groups
+from kdcli.augmentation._minhash import MinHash
+from kdcli.augmentation._rouge import RougeL
+from kdcli.augmentation._sifting import Field, lacking, text_of
+from kdcli.augmentation._table import Records, Tags
 from kdcli.errors import ConfigError
-
-from . import _embedding
-from ._asking import groups
-from ._minhash import MinHash
-from ._rouge import RougeL
-from ._sifting import Field, lacking, text_of
-from ._table import Records, Tags
 
 T = TypeVar("T")
 BLOCK = 256  # rows whose signatures or vectors are computed together

@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli.api import Example, Transform
+from kdcli.augmentation import _embedding
+from kdcli.augmentation._asking import groups
+from kdcli.augmentation._embedding import Vectors
+from kdcli.augmentation._sifting import Field, Spool, batches, lacking, text_of
 from kdcli.errors import ConfigError
-
-from . import _embedding
-from ._asking import groups
-from ._embedding import Vectors
-from ._sifting import Field, Spool, batches, lacking, text_of
 
 WHERE = "augmentation: diverse"
 ROUNDS = 20  # of k-means, at most

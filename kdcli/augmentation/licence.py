@@ -8,11 +8,10 @@ from functools import lru_cache
 from typing import Literal
 
 from kdcli.api import Desk, Example
+from kdcli.augmentation._sifting import Filter
 from kdcli.errors import ConfigError, DataError
 from kdcli.store import terms
 from kdcli.store.terms import Terms
-
-from ._sifting import Filter
 
 
 class Licence(Filter):

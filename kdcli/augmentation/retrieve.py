@@ -12,14 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from kdcli.api import Desk, Example, Transform
+from kdcli.augmentation import _embedding
+from kdcli.augmentation._sifting import batches, words
 from kdcli.errors import ConfigError
 from kdcli.store import paths
 from kdcli.store.content import file_hash
 from kdcli.store.examples import BadRow, parse_line, read_lines
 from kdcli.text.prompt import rendered, template, variables
-
-from . import _embedding
-from ._sifting import batches, words
 
 TEXT = ("text", "content", "contents", "passage", "document")  # columns that a passage may stand in, the first is it
 WHERE = "augmentation: retrieve"

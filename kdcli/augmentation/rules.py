@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdcli.api import Desk, Example
+from kdcli.augmentation._sifting import Field, Filter, lacking, text_of, words
 from kdcli.errors import ConfigError
-
-from ._sifting import Field, Filter, lacking, text_of, words
 
 NGRAM = 3  # words, of which `repeats` counts
 OPENING = 240  # characters within which a refusal says that it is one
