@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kdcli.config import terms
+from kdcli.config import packages, terms
 from kdcli.config.build import build, build_terms
 from kdcli.config.environment import expand
 from kdcli.config.nearest import suggest
@@ -35,6 +35,9 @@ def problems_in(config: Mapping[str, Any], objects: Mapping[str, Any]) -> list[s
         nothing = "augmentation: no step is chosen; add one: +augmentation@augmentation.NAME=STEP (see `kdcli ls`)"
         return terms.of_rows(config) if config["verb"] == "distill" else [nothing] * (config["verb"] == "augment")
     problems = [problem for name, step in _of(objects, "augmentation") for problem in _writers(config, name, step)]
+    for section in ("augmentation", "writer"):
+        for name, one in _of(objects, section):
+            problems += packages.problems_of(one, f"{section}.{name}")
     for name, writer in _of(objects, "writer"):
         problems += _key(name, writer)
     return problems or terms.of_writers(config, dict(asked(objects)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,20 @@ def test_bad_input_is_refused_before_anything_is_asked(
     found = kdcli(*(["augment", *more] if alone else command(server, *more)))
     assert found.code == 2 and told in found.err, found.err
     assert server.asked == 0 and not (tmp_path / "run").exists()
+
+
+def test_a_missing_package_is_told_before_anything_is_asked(
+    kdcli, server: ChatServer, seeds: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bm25s", None)
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    more = ["+augmentation@augmentation.find=retrieve", "augmentation.find.documents=seeds.jsonl"]
+    more += ["+augmentation@augmentation.right=verify", "augmentation.right.method=answer"]
+    found = kdcli(*command(server, *more))
+    assert found.code == 2 and server.asked == 0
+    for told in ("find.method=bm25: needs the package bm25s", "augmentation.right: comparing mathematical answers needs"):
+        assert told in found.err
+    assert 'pip install "kdcli[augment]"' in found.err
 
 
 def test_what_may_matter_is_warned_about(kdcli, server: ChatServer, seeds: Path) -> None:
