@@ -80,8 +80,11 @@ class RunDesk:
             for number, (thing, request) in enumerate(questions):
                 self._office.check()
                 call = self._office.find(writer, request)
-                call = batch.get(call.key, call)
-                if self._office.is_new(call) and call.key not in batch:
+                if call.key in batch:
+                    call = batch[call.key]
+                    call.wanted += 1
+                    self.counts.stored += 1
+                elif self._office.is_new(call):
                     first = first if batch else number
                     batch[call.key] = call
                 else:
