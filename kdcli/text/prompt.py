@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import jinja2
 import jinja2.meta
-import jinja2.sandbox
 import xxhash
 import yaml
 
@@ -20,6 +19,7 @@ from kdcli.errors import ConfigError
 from kdcli.store import paths
 from kdcli.store.examples import BadRow
 from kdcli.text.parse import Parser
+from kdcli.text.sandbox import Sandbox
 
 ROW = frozenset(f.name for f in fields(Example)) - {"where"}  # names a template may use
 T = TypeVar("T")
@@ -90,11 +90,7 @@ class Prompt:
         return rendered(template, values, self.name)
 
 
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Templates are data: they see values and cannot reach Python."""
-
-
-ENVIRONMENT = _Sandbox(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+ENVIRONMENT = Sandbox()
 
 
 def template(source: Any, *, where: str, names: Collection[str] = ROW) -> jinja2.Template:
@@ -143,7 +139,7 @@ def _check_names(tree: Any, names: Collection[str], where: str) -> None:
 
 def rendered(template: jinja2.Template, values: Mapping[str, Any], name: str) -> str:
     """A template over values. Raises BadRow where a value is missing, or the sandbox refuses."""
-    return _guarded(lambda: template.render(values), name)
+    return _guarded(lambda: ENVIRONMENT.finished(template, values), name)
 
 
 def _guarded(make: Callable[[], T], name: str) -> T:
@@ -151,7 +147,7 @@ def _guarded(make: Callable[[], T], name: str) -> T:
         return make()
     except jinja2.UndefinedError as error:
         raise BadRow("lacks a field", f"{name}: {error.message}") from None
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError) as error:
         raise BadRow("template failed", f"{name}: {type(error).__name__}: {error}") from None
 
 
