@@ -122,8 +122,11 @@ LINES = {"regex": r"(\d+\. [^\n]+\n)+"}
 
 @pytest.mark.parametrize(
     ("form", "budget"),
-    [*((TAGS, budget) for budget in (48, 96, 256)), *(({"json": SCHEMA}, n) for n in (48, 96)), (LINES, 64)]
-    + [({"json": {"type": "number"}}, 16)],
+    [
+        *((TAGS, budget) for budget in (48, 96, 256)),
+        *(({"json": SCHEMA}, budget) for budget in (48, 96)),
+        *((LINES, 64), ({"json": {"type": "number"}}, 16)),
+    ],
 )
 def test_held_to_a_form_even_a_poor_model_ends_and_keeps_to_it(
     form: dict[str, Any], budget: int, tiny: HFWriter
