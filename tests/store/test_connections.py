@@ -102,7 +102,11 @@ def test_an_answer_that_ends_with_its_connection_is_read_and_another_is_opened()
 
 @pytest.mark.parametrize(
     "pieces",
-    [[b"x"] * 99, [b"HTTP/1.1 200 OK\r\n", *[b"A: b\r\n"] * 99], [GOOD[:-2].replace(b"2", b"99"), *[b"x"] * 99]],
+    [
+        [b"x"] * 99,
+        [b"HTTP/1.1 200 OK\r\n", *[b"A: b\r\n"] * 99],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", *[b"x"] * 99],
+    ],
     ids=["status", "headers", "body"],
 )
 def test_time_is_up_however_slowly_bytes_drip(pieces: list[bytes]) -> None:
@@ -142,7 +146,7 @@ def test_what_nobody_asked_for_is_not_taken_for_the_next_answer() -> None:
         assert len(opened) >= 1
 
 
-@pytest.mark.parametrize("answer", [GOOD[:-1], GOOD[:20], b"SSH-2.0-OpenSSH_9\r\n", b""], ids=len)
+@pytest.mark.parametrize("answer", [GOOD[:-1], GOOD[:9], b"SSH-2.0-OpenSSH_9\r\n", b""], ids=len)
 def test_what_is_no_whole_answer_is_a_failure(answer: bytes) -> None:
     def talk(one: socket.socket) -> None:
         one.recv(65536)
@@ -161,7 +165,11 @@ def test_a_header_that_would_begin_another_is_refused_without_repeating_it() -> 
 def test_a_name_is_checked_whenever_a_connection_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     """It leads here first, and to a cloud's metadata service later."""
     found = "127.0.0.1"
-    monkeypatch.setattr("kdcli.store.address.socket.getaddrinfo", lambda *args, **kwargs: [(2, 1, 6, "", (found, 0))])
+
+    def getaddrinfo(host: str, port: int, *args: object, **settings: object) -> list[object]:
+        return [(2, 1, 6, "", (found if host == "localhost" else host, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     with talking(saying(GOOD)) as (port, opened):
         own = connections(port, "http://localhost")
         assert post(own).status == 200
