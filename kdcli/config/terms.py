@@ -50,11 +50,14 @@ def of_rows_undeclared(config: Mapping[str, Any]) -> list[str]:
 
 
 def of_data(config: Mapping[str, Any]) -> Iterator[Found]:
-    """What the rows of a config's JSONL data carry."""
+    """What the rows of a config's JSONL data carry; nothing of data that cannot be read, which others tell."""
     from kdcli.api import Data
     from kdcli.config.build import build
 
-    files = jsonl_files(build(config["data"], Data)) if config.get("data") else []
+    try:
+        files = jsonl_files(build(config["data"], Data)) if config.get("data") else []
+    except ConfigError:
+        files = []
     return provenance.terms_in(provenance.joined(map(provenance.of_file, files)))
 
 

@@ -190,7 +190,7 @@ class Line:
             facts.append((2, f"{progress.answered:,} answered"))
             facts += [(6, f"{progress.stored:,} from the store")] if progress.stored else []
             facts += [(0, f"{progress.failed:,} failed")] if progress.failed else []
-        if progress.spent.calls:
+        if progress.asked and progress.spent.calls:
             facts.append((5, f"{progress.spent.tokens:,} tokens"))
             facts += [(0, f"cost {money(progress.spent.cost)}")] if self.priced else []
         rate = self.rate()

@@ -231,6 +231,7 @@ BAD = {
     ),
     "purge without age": (["--purge", "x.sqlite"], "--older-than 90"),
     "no store": (["--stats", "x.sqlite"], "x.sqlite: there is no store of answers"),
+    "missing data": (["data.path=no.jsonl", "terms.use=research"], "error: data: no.jsonl: there is no such file"),
     "bad row": (["data.path=bad.jsonl"], "bad.jsonl:2: prompt must be text, not a number"),
 }
 
@@ -257,7 +258,10 @@ def test_a_missing_package_is_told_before_anything_is_asked(
     more += ["+augmentation@augmentation.right=verify", "augmentation.right.method=answer"]
     found = kdcli(*command(server, *more))
     assert found.code == 2 and server.asked == 0
-    for told in ("find.method=bm25: needs the package bm25s", "augmentation.right: comparing mathematical answers needs"):
+    for told in (
+        "find.method=bm25: needs the package bm25s",
+        "augmentation.right: comparing mathematical answers needs",
+    ):
         assert told in found.err
     assert 'pip install "kdcli[augment]"' in found.err
 
