@@ -81,7 +81,7 @@ def _sentence_transformers(folder: Path, batch: int) -> Encoder:
         raise ConfigError(
             f'{folder} is a sentence-transformers model; run `pip install "kdcli[embed]"`, or use tfidf'
         ) from None
-    model: Any = SentenceTransformer(str(folder), local_files_only=True)
+    model: Any = SentenceTransformer(str(folder), local_files_only=True, model_kwargs={"use_safetensors": True}).float()
 
     def encode(texts: Sequence[str]) -> Vectors:
         found = model.encode(list(texts), batch_size=batch, convert_to_numpy=True, show_progress_bar=False)
@@ -97,9 +97,14 @@ def _transformers(folder: Path, batch: int) -> Encoder:
 
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        model: Any = AutoModel.from_pretrained(str(folder), local_files_only=True, dtype=torch.float32).eval()
+        model: Any = AutoModel.from_pretrained(
+            str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32
+        )
     except (OSError, ValueError) as error:
         raise ConfigError(f"{folder}: no encoder can be read there ({str(error).splitlines()[0][:200]})") from None
+    if model.config.is_encoder_decoder:
+        model = model.get_encoder()
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"  # so that a causal model's states do not depend on what is in the same batch
     limit = min(int(tokenizer.model_max_length), int(getattr(model.config, "max_position_embeddings", 512)))
@@ -108,12 +113,14 @@ def _transformers(folder: Path, batch: int) -> Encoder:
         parts: list[Vectors] = [np.zeros((0, model.config.hidden_size), dtype=np.float32)]
         for start in range(0, len(texts), batch):
             chunk = [text or " " for text in texts[start : start + batch]]
-            inputs = tokenizer(chunk, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            inputs = tokenizer(chunk, padding=True, truncation=True, max_length=limit, return_tensors="pt").to(
+                model.device
+            )
             inputs.pop("token_type_ids", None)
             with torch.inference_mode():
                 states = model(**inputs).last_hidden_state  # [N, T, D]
             mask = inputs["attention_mask"].unsqueeze(-1).to(states.dtype)
-            parts.append(((states * mask).sum(1) / mask.sum(1).clamp(min=1)).numpy())
+            parts.append(((states * mask).sum(1) / mask.sum(1).clamp(min=1)).cpu().numpy())
         return _unit(np.concatenate(parts))
 
     return encode

@@ -47,11 +47,12 @@ class Decontaminate(Filter):
             self._read()
 
     def fingerprint(self) -> str:
-        return " ".join(file_hash(file) for file in self.files())
+        return " ".join(file_hash(file) for file in self.files().values())
 
-    def files(self) -> list[Path]:
-        """The evaluation sets' files; of a folder all .jsonl and .txt. Raises ConfigError where there is none."""
-        found: list[Path] = []
+    def files(self) -> dict[str, Path]:
+        """The evaluation sets' files by the names they are told by; of a folder all .jsonl and .txt. Raises ConfigError
+        where there is none."""
+        found: dict[str, Path] = {}
         for name in self.against:
             path = paths.resolve(name)
             inside = sorted(f for f in path.rglob("*") if f.suffix in (".jsonl", ".txt")) if path.is_dir() else [path]
@@ -59,7 +60,8 @@ class Decontaminate(Filter):
                 raise ConfigError(
                     f"augmentation: decontaminate.against: {name} is no file, nor a folder of .jsonl files"
                 )
-            found += inside
+            for file in inside:
+                found[name if file == path else f"{name.rstrip('/')}/{file.relative_to(path).as_posix()}"] = file
         return found
 
     def reason(self, example: Example) -> tuple[str, str] | None:
@@ -120,12 +122,13 @@ def _key(part: Sequence[str], size: int) -> int:
     return xxhash.xxh3_64_intdigest(" ".join(part).encode(), seed=size)
 
 
-def _items(files: Sequence[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _items(files: Mapping[str, Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(file:line, columns) of each item: the content fields of a row, or all its columns where it has none of them."""
-    for file in files:
-        for where, line in read_lines(file):
+    for name, file in files.items():
+        for place, line in read_lines(file):
             if not line.strip():
                 continue
+            where = f"{name}:{place.rpartition(':')[2]}"
             if file.suffix == ".txt":
                 yield where, {"text": line.decode("utf-8", "replace")}
                 continue

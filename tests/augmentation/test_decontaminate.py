@@ -12,6 +12,7 @@ import pytest
 from kdcli.api import Example
 from kdcli.augmentation.decontaminate import COMMON, Decontaminate
 from kdcli.errors import ConfigError
+from kdcli.store import paths
 from tests.desks import FakeDesk, run
 
 VOCABULARY = [f"w{i}" for i in range(900)]
@@ -84,6 +85,12 @@ def test_file_line_and_words_are_named(sets: Path) -> None:
     found = step.reason(Example(prompt=questions(sets)[4], response="x"))
     assert found is not None
     assert found[1].endswith(f"13 words in a row with {sets / 'set.jsonl'}:5")
+    step = Decontaminate(against=["recipes://data/mini/valid"])
+    step.open(FakeDesk())
+    line = (paths.recipes() / "data/mini/valid/health.jsonl").read_text("utf-8").splitlines()[1]
+    found = step.reason(Example(text=json.loads(line)["text"]))
+    assert found is not None
+    assert found[1].endswith("with recipes://data/mini/valid/health.jsonl:2")
 
 
 def test_boilerplate_of_many_items_is_passed_over_but_repeated_items_are_not(tmp_path: Path) -> None:

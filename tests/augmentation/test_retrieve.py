@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,16 @@ def test_bad_input_names_the_way_out(content: str, settings: dict[str, Any], say
 
 
 def test_a_missing_package_names_the_extra(documents: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def missing(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "bm25s":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, "bm25s", None)
     with pytest.raises(ConfigError, match=r"kdcli\[augment\]"):
         run(Retrieve(documents=documents), [])
+
+
+def test_a_missing_sentence_transformers_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "modules.json").write_text("[]")
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ConfigError, match=r"kdcli\[embed\]"):
+        embed(["x"], str(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------- vectors

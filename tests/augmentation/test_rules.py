@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from typing import Any
 
 import pytest
@@ -131,13 +131,6 @@ def test_bad_settings_name_the_way_out(settings: dict[str, Any], says: str) -> N
 
 @pytest.mark.parametrize(("package", "settings"), [("py3langid", dict(language="en")), ("jsonschema", dict(schema={}))])
 def test_a_missing_package_names_the_extra(package: str, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def missing(name: str, *rest: Any, **more: Any) -> Any:
-        if name.partition(".")[0] == package:
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", missing)
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match=r"kdcli\[augment\]"):
         run(Rules(**settings), [ROW])
