@@ -40,6 +40,7 @@ class Licence(Filter):
 
     def open(self, desk: Desk) -> None:
         super().open(desk)
+        terms.fingerprint()  # a broken table ends the run here
         self._of = lru_cache(maxsize=4096)(_found)  # few licences and writers make many rows
 
     def fingerprint(self) -> str:
@@ -82,6 +83,9 @@ def _found(stated: str) -> list[tuple[str, str, Terms]]:
     if licence or not written:
         found.append(("data", source, terms.terms_of(license=licence)))
     for entry in written:
-        known = terms.terms_of(endpoint=entry.get("endpoint"), model=entry.get("teacher"), given=entry.get("terms"))
+        try:
+            known = terms.terms_of(endpoint=entry.get("endpoint"), model=entry.get("teacher"), given=entry.get("terms"))
+        except ConfigError:  # rows of another project name rows of another table
+            known = terms.UNKNOWN
         found.append(("teacher", entry.get("teacher", "unnamed"), known))
     return list(dict.fromkeys(found))

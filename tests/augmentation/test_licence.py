@@ -62,6 +62,12 @@ def test_a_run_can_be_stopped_and_is_told_why() -> None:
         run(Licence(on_unknown="stop"), [row("none")])
 
 
+def test_a_tag_of_another_table_is_unknown() -> None:
+    foreign = row("foreign", "MIT", teacher="x", endpoint="local", terms="their-own-row")
+    assert run(Licence(), [foreign]) == [foreign]
+    assert run(Licence(on_unknown="drop"), [foreign]) == []
+
+
 def test_a_rehearsal_keeps_all() -> None:
     assert run(Licence(use="competing", on_conflict="stop"), ROWS, rehearsal=True) == ROWS
 
