@@ -70,7 +70,7 @@ def _xml(given: Mapping[str, Any], chars: int | None) -> str:
         elif field in given["numbers"]:
             inside = _between(*given["numbers"][field])
         else:
-            inside = rf"[^<\s]([^<]|<[^/]){{0,{longest}}}"
+            inside = rf"\n?[^<\s]([^<]|<[^/]){{0,{longest}}}"
         parts.append(f"<{tag}>{inside}</{tag}>")
     record = r"\n".join(parts)
     if not given["each"]:

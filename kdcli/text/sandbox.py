@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ BUDGET = "_budget"  # the variable that counts them
 FILTERS = (  # none that draws at random, or pads by a number
     *("abs", "capitalize", "d", "default", "dictsort", "first", "float", "groupby", "int", "items", "last", "length"),
     *("list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "round", "select", "selectattr", "sort"),
-    *("string", "sum", "title", "tojson", "trim", "truncate", "unique", "upper", "wordcount"),
+    *("string", "sum", "title", "trim", "truncate", "unique", "upper", "wordcount"),
 )
 UNBOUNDED = frozenset(
     {"center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "join", "replace", "translate"}
@@ -38,7 +39,11 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     def __init__(self) -> None:
         super().__init__(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
         self.globals = {"range": _range, "dict": dict}
-        self.filters = {name: self.filters[name] for name in FILTERS} | {"join": _join, "replace": _replace}
+        self.filters = {name: self.filters[name] for name in FILTERS} | {
+            "join": _join,
+            "replace": _replace,
+            "tojson": _tojson,
+        }
         self.filters |= {"_counted": _counted, "_joined": _joined}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
@@ -133,6 +138,15 @@ def _replace(text: Any, old: str, new: str, count: int = -1) -> str:
     if len(text) + text.count(old) * len(new) > LONGEST:
         raise SecurityError("a text with its replacements is too long")
     return text.replace(old, new, count)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    """As it stands in a prompt: without the escapes that HTML needs."""
+    if isinstance(value, jinja2.Undefined):
+        bool(value)  # raises what says which field is missing
+    text = json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, 8))
+    _size(text)
+    return text
 
 
 def _size(*texts: Any) -> None:

@@ -166,6 +166,7 @@ def test_ordinary_templates_say_what_they_should() -> None:
         ("{{ x | join(' and ') }}", "a and b"),
         ("{{ meta.rows | map(attribute='n') | join(',') }} {{ meta.rows | join('+', attribute='n') }}", "1,2 1+2"),
         ("{{ 'a' ~ 1 ~ 'b' }}", "a1b"),
+        ("{{ ['<é>', 1] | tojson }}", '["<é>", 1]'),
         ("{{ 2 * 3 + 1 }}{{ 'a' * 3 }}{{ 2 ** 3 }}", "7aaa8"),
         ("{{ meta.none | default('d') }}{{ 'aXa' | replace('X', '-') }}", "da-a"),
         ("{% for k, v in meta.items() if k == 'k' %}{{ k }}={{ v }}{% endfor %}", "k=1"),
