@@ -47,6 +47,7 @@ docs: $(STAMP)        ## the tables of docs/objectives.md, from the code
 	$(BIN)/python docs/objectives.py
 	$(BIN)/python docs/augmentation.py
 	$(BIN)/python docs/encoders.py
+	$(BIN)/python docs/systems.py
 
 clean:           ## remove the virtual environment, caches and build products (never runs/)
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache .hypothesis
