@@ -143,7 +143,8 @@ INTRODUCTION = """\
 {rows} rows of the tables of two surveys ([arXiv:2402.13116](https://arxiv.org/abs/2402.13116),
 [arXiv:2407.01885](https://arxiv.org/abs/2407.01885)) and of related papers, each encoded as blocks. A table's row
 counts once, however many systems of equal blocks it names. Of the {rows}, **{runs} run**, {expressible} are
-expressible, and {needs} need something that is not here ({partly} of these run without it). {recipes} recipes are tested.
+expressible, and {needs} need something that is not here ({partly} of these run without it).
+{recipes} recipes are tested.
 
 * **runs**: the linked recipe exists, and CI runs it end to end: its whole pipeline with a small real model as every
   writer, and training steps of its objective on the rows that come out. *One round*: the system repeats it with the
@@ -153,14 +154,14 @@ expressible, and {needs} need something that is not here ({partly} of these run 
 * **needs**: what is missing. A recipe beside it is the part that runs without.
 
 ```
-kdcli augment +recipe=systems/alpaca writer.teacher.model=MODEL --dry-run     # what it would cost
-kdcli distill +recipe=systems/alpaca writer.teacher.model=MODEL student.path=STUDENT
+kdcli augment +recipe=systems/alpaca writer.teacher.url=URL writer.teacher.model=MODEL --dry-run   # what it would cost
+kdcli distill +recipe=systems/alpaca writer.teacher.url=URL writer.teacher.model=MODEL student.path=STUDENT
 ```
 
 A recipe has the steps of its paper, our own prompts, and a few rows of seeds
 ([recipes/data](../recipes/data/README.md)) in place of the paper's data: give yours with `data.path`. None has been run
-at its paper's size, and none is claimed to reach its numbers. Values behind `paper:` in a recipe are from knowledge of the paper, and quoted where they were looked
-up. † marks rows of which something was written from memory.
+at its paper's size, and none is claimed to reach its numbers. Values behind `paper:` in a recipe are from knowledge of
+the paper, and quoted where they were looked up. † marks rows of which something was written from memory.
 
 This page is generated (`make docs`) from [systems.yaml](systems.yaml), and a test holds it to what exists.
 """

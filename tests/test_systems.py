@@ -28,7 +28,7 @@ from kdcli.writer.hf import HFWriter
 
 TINY = "recipes://data/tiny_teacher"
 NAMES = sorted(name.removeprefix("systems/") for name in recipes() if name.startswith("systems/"))
-ROWS = 3  # seeds
+ROWS = 2  # seeds
 SMALL = {"n": 2, "count": 3, "rounds": 1, "turns": 1, "max_steps": 2, "demos": 2, "k": 2, "attempts": 1}
 TOKENS = 64  # of an answer
 SEED = 1
@@ -57,6 +57,7 @@ RELAXED: dict[str, dict[str, Any]] = {
     "humback": {"best.threshold": 1.0},
     "impossible_distillation": {"kept.threshold": 0.0, "rules.min_words": 1},
     "kard": {"right.mark": True},
+    "lion": {"hard.gap": -10.0},
     "mammoth": {"right.threshold": 0},
     "mixed_distillation": {"right.threshold": 0},
     "pad": {"right.mark": True},
