@@ -16,7 +16,6 @@ from kdcli.text.prompt import Expression, Prompt, variables
 
 CONTENT = frozenset({"text", "messages", "prompt", "response", "chosen", "rejected", "teacher_prompt", "score"})
 REFUSED = "refused by the writer"
-CHARS = 2  # of a token, at least: so long may an answer be that is held to a form and to max_tokens
 HELD = 4096  # rows that pass unasked and wait for an answer before them, at most
 
 
@@ -164,7 +163,7 @@ class Asking(Transform):
             seed=seed,
             temperature=self.temperature,
             max_tokens=self.max_tokens,
-            form=prompt.parser.form(None if self.max_tokens is None else CHARS * self.max_tokens),
+            form=prompt.parser.form(),
             rehearsal=prompt.example,
         )
 

@@ -58,6 +58,6 @@ def read(text: str) -> Act:
 def form(names: Sequence[str]) -> dict[str, Any]:
     """The pattern of one step, for writers that can be held to it."""
     tools = "|".join(re.escape(name) for name in names)
-    call = rf"Action: ({tools})\nAction Input: [^\s][^\n]{{0,1000}}(\n[^\n]{{1,1000}}){{0,40}}"
-    answer = r"Final Answer: [^\s][^\n]{0,1000}"
-    return {"regex": rf"Thought: [^\s][^\n]{{0,1000}}\n({call}|{answer})" if names else answer}
+    call = rf"Action: ({tools})\nAction Input: [^\s][^\n]*(\n[^\n]+)*"
+    answer = r"Final Answer: [^\s][^\n]*"
+    return {"regex": rf"Thought: [^\s][^\n]*\n({call}|{answer})" if names else answer}

@@ -181,14 +181,14 @@ class _ListParser:
             record["scores"] = numbers(record.get("scores"), self.k)
         return [record]
 
-    def form(self, chars: int | None = None) -> dict[str, Any] | None:
-        """The parser's form, of this length. A short ranking as text is held to the permutations themselves."""
+    def form(self) -> dict[str, Any] | None:
+        """The parser's form. A short ranking as text is held to the permutations themselves."""
         if self.parser.kind == "regex" and "ranking" in self.parser.fields:
             if self.k > SPELLED:
                 return {"regex": rf"\[[0-9]+\]( > \[[0-9]+\]){{{self.k - 1}}}"}
             orders = permutations(range(1, self.k + 1))
             return {"regex": "(" + "|".join(r" > ".join(rf"\[{i}\]" for i in order) for order in orders) + ")"}
-        found = self.parser.form(chars)
+        found = self.parser.form()
         if found is None or "json" not in found:
             return found
         schema = deepcopy(dict(found["json"]))

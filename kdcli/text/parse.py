@@ -58,7 +58,7 @@ class Parser:
         self.set = known | given
         try:
             self._prepare()
-            form(self.kind, self.set, None)
+            form(self.kind, self.set)
         except (re.error, jsonschema.SchemaError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise ConfigError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from None
 
@@ -76,10 +76,9 @@ class Parser:
             raise BadRow("broken JSON", "the answer's JSON is nested too deeply") from None
         return records
 
-    def form(self, chars: int | None = None) -> dict[str, Any] | None:
-        """What a writer that can hold to a form is told: {"json": schema} or {"regex": pattern}; None: free text.
-        `chars`: about how many characters an answer may have, so that a small model comes to an end."""
-        return form(self.kind, self.set, chars)
+    def form(self) -> dict[str, Any] | None:
+        """What a writer that can hold to a form is told: {"json": schema} or {"regex": pattern}; None: free text."""
+        return form(self.kind, self.set)
 
     @property
     def fields(self) -> list[str]:

@@ -23,8 +23,8 @@ from kdcli.writer._served import today
 
 log = logging.getLogger(__name__)
 
-LOOSE = 3  # characters per token of an answer that is held to a form, where max_tokens is …
-AMPLE = 256  # … at least this
+LOOSE = 64  # characters per token: more than any text has, so that max_tokens ends it and not its form
+CLOSED = ((1, False), (1, True))  # characters per token, and whether of one byte each: what always fits
 FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
@@ -37,10 +37,11 @@ class HFWriter(Writer):
     request's seed, the sample and the position, so texts do not depend on what else is in a batch, but where rounding
     errors tip the scale.
 
-    With `constrain`, an answer to a request with a form has that form, and ends within max_tokens: repeats and strings
-    without an end get one, first at three characters per token (where there are 256 tokens or more); answers that were
-    still cut off are written again at one, and then in ASCII. A form that llguidance does not know is not held to,
-    which is told once.
+    With `constrain`, an answer to a request with a form has that form as far as max_tokens reach; one that does not end
+    by then is cut off, as free text is. With `closed`, repeats and strings get a greatest length, so that every answer
+    has its whole form within max_tokens and counts as finished, though its texts may stop in the middle: for trying
+    pipelines out with models that never come to an end. A form that llguidance does not know is not held to, which is
+    told once.
 
     Raises ConfigError where there is no such model, or no llguidance for `constrain`.
     """
@@ -61,6 +62,7 @@ class HFWriter(Writer):
         chat_template: str | None = None,
         template_arguments: Mapping[str, Any] | None = None,
         constrain: bool = True,
+        closed: bool = False,
         license: str | None = None,
         terms: str | None = None,
     ) -> None:
@@ -85,6 +87,7 @@ class HFWriter(Writer):
         self.chat_template = chat_template
         self.template_arguments = dict(template_arguments or {})
         self.constrain = constrain
+        self.closed = closed
         self.license = license or _license_beside(path)
         self.terms = terms
         self.tokenizer: Any = None
@@ -112,6 +115,7 @@ class HFWriter(Writer):
             "chat_template": self.chat_template,
             "template_arguments": self.template_arguments,
             "constrain": self.constrain,
+            "closed": self.closed,
         }
 
     def count_tokens(self, messages: Sequence[Mapping[str, str]]) -> int:
@@ -207,20 +211,14 @@ class HFWriter(Writer):
     # ---------------------------------------------------------------------------------------------------- writing
 
     def _generate(self, work: Sequence[tuple[Request, Row]]) -> None:
-        """Write all rows, `batch` at a time, the longest first; those held to a form until it fits."""
+        """Write all rows, `batch` at a time, the longest first; closed ones until their form fits."""
         waiting = list(work)
-        for per_token, ascii_only in ((LOOSE, False), (1, False), (1, True)):
-            again = []
-            asked = []
+        for per_token, ascii_only in CLOSED if self.closed else ((LOOSE, False),):
             for request, row in waiting:
-                if per_token == LOOSE and request.form and self.constrain and row.most < AMPLE:
-                    again.append((request, row))  # too few for a first try that may fail
-                    continue
                 row.ids, row.said, row.finished = [], False, ""
                 row.matcher = self._matcher(request.form, per_token * row.most, ascii_only)
-                asked.append((request, row))
-            self._run([row for _, row in asked])
-            waiting = again + [(q, row) for q, row in asked if row.matcher is not None and row.finished == "length"]
+            self._run([row for _, row in waiting])
+            waiting = [(q, row) for q, row in waiting if row.matcher is not None and row.finished == "length"]
 
     def _run(self, rows: list[Row]) -> None:
         assert self._generator is not None

@@ -162,7 +162,6 @@ def test_a_prompt_names_its_paper_and_its_example_parses(file: Path) -> None:
     records = prompt.parser(prompt.example)
     assert all(set(record) <= set(prompt.parser.fields) for record in records)
     prompt.parser.form()
-    prompt.parser.form(100)
 
 
 @pytest.mark.parametrize("file", PROMPTS, ids=ids)

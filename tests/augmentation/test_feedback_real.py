@@ -23,7 +23,7 @@ Run = Callable[..., Pipeline]
 
 @pytest.fixture(scope="module")
 def writer() -> HFWriter:
-    return HFWriter(path="recipes://data/tiny_teacher", max_tokens=24, batch=16)
+    return HFWriter(path="recipes://data/tiny_teacher", max_tokens=24, batch=16, closed=True)
 
 
 @pytest.fixture

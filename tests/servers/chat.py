@@ -145,7 +145,7 @@ class ChatServer:
             if self._writer is None:
                 from kdcli.writer.hf import HFWriter
 
-                self._writer = HFWriter(path=self._model)
+                self._writer = HFWriter(path=self._model, closed=True)
             stop = body.get("stop") or body.get("stop_sequences") or ()
             request = Request(
                 messages=messages,

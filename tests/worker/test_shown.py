@@ -14,16 +14,19 @@ from kdcli.worker.shown import Line, table
 
 def progress(**changes: Any) -> Progress:
     facts: dict[str, Any] = {
-        
-            "step": "answer",
-            "number": 1,
-            "steps": 3,
-            "rows_in": 400,
-            "rows_expected": 400,
-            "rows_out": 90,
-            "aside": 10
-        ,
-        "asked": 400, "answered": 100, "stored": 5, "failed": 2, "in_flight": 4, "seconds": 10.0,
+        "step": "answer",
+        "number": 1,
+        "steps": 3,
+        "rows_in": 400,
+        "rows_expected": 400,
+        "rows_out": 90,
+        "aside": 10,
+        "asked": 400,
+        "answered": 100,
+        "stored": 5,
+        "failed": 2,
+        "in_flight": 4,
+        "seconds": 10.0,
         "spent": Spent(calls=95, failed=2, prompt_tokens=1000, completion_tokens=500, cost=0.25),
     }
     return Progress(**facts | changes)

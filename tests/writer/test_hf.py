@@ -39,6 +39,20 @@ def tiny() -> HFWriter:
     return HFWriter(path=TINY)
 
 
+@pytest.fixture(scope="module")
+def closed(tiny: HFWriter) -> HFWriter:
+    """The same model, whose forms always end."""
+    writer = HFWriter(path=TINY, closed=True)
+    one(tiny)
+    writer.tokenizer, writer._generator, writer._guide, writer._context = (
+        tiny.tokenizer,
+        tiny._generator,
+        tiny._guide,
+        tiny._context,
+    )
+    return writer
+
+
 def request(words: str = "Define the word lantern.", **settings: Any) -> Request:
     given: dict[str, Any] = {"messages": [{"role": "user", "content": words}], "max_tokens": 12}
     return Request(**(given | settings))
@@ -128,16 +142,28 @@ LINES = {"regex": r"(\d+\. [^\n]+\n)+"}
         *((LINES, 64), ({"json": {"type": "number"}}, 16)),
     ],
 )
-def test_held_to_a_form_even_a_poor_model_ends_and_keeps_to_it(
-    form: dict[str, Any], budget: int, tiny: HFWriter
+def test_closed_even_a_poor_model_ends_and_keeps_to_its_form(
+    form: dict[str, Any], budget: int, closed: HFWriter
 ) -> None:
-    for answer in tiny.write([request(f"Question {i}", seed=i, form=form, max_tokens=budget) for i in range(4)]):
+    for answer in closed.write([request(f"Question {i}", seed=i, form=form, max_tokens=budget) for i in range(4)]):
         assert list(answer.finished) == ["stop"], answer
         assert answer.completion_tokens <= budget
         if "regex" in form:
             assert re.fullmatch(form["regex"], answer.texts[0])
         else:
             jsonschema.validate(json.loads(answer.texts[0]), form["json"])
+
+
+def test_a_form_never_makes_a_part_look_whole(tiny: HFWriter) -> None:
+    """What the model did not end itself is cut off, and told: its beginning is what it would have written anyway."""
+    short, long = ([request(seed=i, form=TAGS, max_tokens=most) for i in range(6)] for most in (24, 120))
+    for cut, whole in zip(tiny.write(short), tiny.write(long), strict=True):
+        if cut.finished[0] == "length":
+            assert whole.texts[0].startswith(cut.texts[0].rstrip("\ufffd"))
+            assert not re.fullmatch(TAGS["regex"], cut.texts[0])
+        else:
+            assert cut.texts == whole.texts and re.fullmatch(TAGS["regex"], cut.texts[0])
+    assert any(answer.finished[0] == "length" for answer in tiny.write(short))
 
 
 def test_without_constrain_forms_are_left_to_the_model(tiny: HFWriter) -> None:
