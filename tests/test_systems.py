@@ -87,7 +87,9 @@ class Shared(Writer):
     """One loaded model for all writers of all recipes; closing it is the process's business."""
 
     def __init__(self) -> None:
-        self.inner = HFWriter(path=TINY, max_tokens=TOKENS, batch=16, chat_template="none", license="Apache-2.0")
+        self.inner = HFWriter(
+            path=TINY, max_tokens=TOKENS, batch=16, chat_template="none", closed=True, license="Apache-2.0"
+        )
         self.batch, self.license = self.inner.batch, self.inner.license
 
     def write(self, requests: list[Request]) -> list[Answer]:  # type: ignore[override]
