@@ -16,10 +16,12 @@ import transformers
 import transformers.optimization
 from transformers.models.llama import modeling_llama
 
+import kdcli.data.jsonl
 import kdcli.domain_scheduler.natural
 import kdcli.engine.zero
 import kdcli.evaluation.heldout
 import kdcli.objective.forward_kl
+import kdcli.pipeline.pipeline
 import kdcli.rollout.dataset
 import kdcli.student.hf
 import kdcli.student_init.from_config

@@ -1,5 +1,5 @@
-"""A small real pipeline for tests: a loopback server in its own process that notes what it is asked, a writer that
-asks it over HTTP, and three steps that ask, filter and judge."""
+"""A small real pipeline for tests: a loopback server that notes what it is asked, a writer that asks it over HTTP,
+three steps that ask, filter and judge, and processes to run and to kill it in."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import http.client
 import json
 import os
 import random
-import signal
+import re
 import sqlite3
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,57 +21,38 @@ from typing import Any
 from kdcli.api import Answer, Example, Request, Transform, Writer
 from kdcli.augmentation._asking import child, filled
 from kdcli.data.jsonl import Jsonl
+from kdcli.pipeline import desk
 from kdcli.pipeline.pipeline import Pipeline
 from kdcli.store.examples import content_key
+from tests.distributed import collect_ranks
 
 SECONDS = 0.003  # mean time of the server for an answer
 
 
-@contextmanager
-def forked(work: Callable[[], None], end: int = signal.SIGKILL) -> Iterator[int]:
-    """`work` in a process of its own, which is killed at the end; its id."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        finally:
-            os._exit(code)
-    try:
-        yield pid
-    finally:
-        try:
-            os.kill(pid, end)
-            os.waitpid(pid, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
+def ended(work: Callable[..., Any], *arguments: Any, environment: Mapping[str, str] | None = None) -> int:
+    """`work(*arguments)` in a process of its own; its exit code, or minus the signal that ended it. Raises
+    AssertionError with its traceback if it raised."""
+    ((done, told),) = collect_ranks(
+        1, within, desk.WINDOW, work, *arguments, timeout=120, env=dict(environment or {}), join=False
+    )
+    died = re.fullmatch(r"died with exit code (-?\d+)", str(told))
+    assert done or died, told
+    return int(died[1]) if died else 0
 
 
-def ended(work: Callable[[], None], environment: Mapping[str, str] | None = None, kill_after: float = 60.0) -> int:
-    """Run `work` in a process of its own; its exit code, or minus the signal that ended it."""
-
-    def there() -> None:
-        os.environ.update(environment or {})
-        work()
-
-    with forked(there) as pid:
-        timer = threading.Timer(kill_after, os.kill, (pid, signal.SIGKILL))
-        timer.start()
-        _, status = os.waitpid(pid, 0)
-        timer.cancel()
-        return os.waitstatus_to_exitcode(status)
+def within(window: int, work: Callable[..., Any], *arguments: Any) -> None:
+    """`work(*arguments)` with another window of questions."""
+    desk.WINDOW = window
+    work(*arguments)
 
 
 @contextmanager
 def server(notes: Path) -> Iterator[int]:
     """Answers each prompt with its hash, and adds the hash to `notes`; its port."""
-    ready, tell = os.pipe()
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event, int]] = Future()
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
         notes_file = os.open(notes, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         draw = random.Random(0)
 
@@ -93,13 +73,19 @@ def server(notes: Path) -> Iterator[int]:
                 loop.call_later(SECONDS * 2 * draw.random(), self.transport.write, answer)
 
         listening = await loop.create_server(Answering, "127.0.0.1", 0)
-        os.write(tell, str(listening.sockets[0].getsockname()[1]).encode())
-        await listening.serve_forever()
+        begun.set_result((loop, over, listening.sockets[0].getsockname()[1]))
+        await over.wait()
+        listening.close()
+        os.close(notes_file)
 
-    with forked(lambda: asyncio.run(main())):
-        yield int(os.read(ready, 16))
-        os.close(ready)
-        os.close(tell)
+    thread = threading.Thread(target=asyncio.run, args=(main(),), daemon=True)
+    thread.start()
+    loop, over, port = begun.result(timeout=60)
+    try:
+        yield port
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
 
 
 class Asks(Writer):
@@ -260,10 +246,3 @@ def committed(answers: Path) -> set[str]:
 def noted(notes: Path) -> list[str]:
     """What the server was asked, in order."""
     return notes.read_text().split() if notes.exists() else []
-
-
-def until(true: Callable[[], bool], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.005)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 from kdcli.api import Answer, Request
-from tests.pipeline.parts import Asks, Label, committed, ended, files, forked, noted, pipeline, seeds, server
+from kdcli.pipeline import desk
+from tests.distributed import run_ranks
+from tests.pipeline.parts import Asks, Label, committed, ended, files, noted, pipeline, seeds, server, within
 
 POINTS = ("answer:step=9", "stored:step=2", "row:step=13", "commit_step:step=1", "commit_step:step=3", "final")
 
@@ -27,7 +30,6 @@ class Whole:
     notes: Path
     files: dict[str, bytes]
     questions: list[str]
-    seconds: float
 
 
 @pytest.fixture(scope="module")
@@ -36,22 +38,40 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Whole]:
     notes = folder / "notes"
     seeds(folder)
     with server(notes) as port:
-        begun = time.monotonic()
-        assert ended(lambda: run(folder, port)) == 0
-        yield Whole(port, notes, files(folder / "run"), noted(notes), time.monotonic() - begun)
+        assert ended(run, folder, port) == 0
+        yield Whole(port, notes, files(folder / "run"), noted(notes))
 
 
-def run(folder: Path, port: int, concurrency: int = 8) -> None:
-    pipeline(folder, Asks(port, concurrency)).run()
+def run(folder: Path, port: int) -> None:
+    pipeline(folder, Asks(port)).run()
 
 
-def finish(folder: Path, whole: Whole, **killed: Any) -> bool:
+class Killed(Asks):
+    """Some time after so many answers, the process is killed, whatever its other threads do then."""
+
+    def __init__(self, port: int, answers: int, seconds: float) -> None:
+        super().__init__(port)
+        self.seconds = seconds
+        self.left = iter(range(answers - 1, -1, -1))  # next() of it is atomic
+
+    def write(self, requests: Sequence[Request]) -> list[Answer]:
+        answers = super().write(requests)
+        if next(self.left, None) == 0:
+            threading.Timer(self.seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        return answers
+
+
+def killed(folder: Path, port: int, answers: int, seconds: float) -> None:
+    pipeline(folder, Killed(port, answers, seconds)).run()
+
+
+def finish(folder: Path, whole: Whole, work: Callable[..., None], *arguments: Any, **more: Any) -> bool:
     """Kill once, start again to the end. Returns whether the kill came before the end."""
     port, notes = whole.port, whole.notes
-    code = ended(lambda: run(folder, port), **killed)
+    code = ended(work, folder, port, *arguments, **more)
     assert code in (0, -signal.SIGKILL)
     known, begun = committed(folder / "answers.sqlite"), len(noted(notes))
-    assert ended(lambda: run(folder, port)) == 0
+    assert ended(run, folder, port) == 0
     again = noted(notes)[begun:]
     assert not known.intersection(again), "a committed call was repeated"
     assert len(again) == len(set(again))
@@ -65,7 +85,7 @@ def test_a_kill_at_any_point_ends_in_the_same_files_and_repeats_no_stored_call(
     seeds(tmp_path)
     begun = len(noted(whole.notes))
     fault = {"KDCLI_TESTING": "1", "KDCLI_FAULT": f"augment.{point}:kill"}
-    assert finish(tmp_path, whole, environment=fault)
+    assert finish(tmp_path, whole, run, environment=fault)
     assert files(tmp_path / "run") == whole.files
     assert set(noted(whole.notes)[begun:]) == set(whole.questions)
 
@@ -73,13 +93,16 @@ def test_a_kill_at_any_point_ends_in_the_same_files_and_repeats_no_stored_call(
 def test_kills_at_random_moments_end_in_the_same_files(whole: Whole, tmp_path: Path) -> None:
     draw = random.Random(6)
     hits = 0
-    for number in range(6):
+    for number in range(20):
         folder = tmp_path / str(number)
         folder.mkdir()
         seeds(folder)
-        hits += finish(folder, whole, kill_after=draw.uniform(0, whole.seconds))
+        answers = draw.randint(1, len(whole.questions))
+        hits += finish(folder, whole, killed, answers, draw.uniform(0, 0.02))
         assert files(folder / "run") == whole.files
-    assert hits >= 3, "the kills came too late to mean anything"
+        if hits == 5:
+            return
+    pytest.fail(f"{20 - hits} of 20 kills came too late")
 
 
 @pytest.mark.parametrize("concurrency", [1, 3, 32])
@@ -93,13 +116,12 @@ def test_files_do_not_depend_on_concurrency(whole: Whole, tmp_path: Path, concur
 def test_two_runs_at_once_share_a_store_and_end_alike(whole: Whole, tmp_path: Path) -> None:
     seeds(tmp_path)
 
-    def one(name: str) -> None:
-        pipeline(tmp_path, Asks(whole.port), run=name).run()
+    run_ranks(2, within, desk.WINDOW, run_beside, tmp_path, whole.port, join=False)
+    assert files(tmp_path / "run0") == files(tmp_path / "run1") == whole.files
 
-    with forked(lambda: one("other")) as other:
-        one("run")
-        assert os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]) == 0
-    assert files(tmp_path / "run") == files(tmp_path / "other") == whole.files
+
+def run_beside(folder: Path, port: int) -> None:
+    pipeline(folder, Asks(port), run=f"run{os.environ['RANK']}").run()
 
 
 class Together(Asks):
@@ -125,7 +147,7 @@ def batched(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """The files of a run that nothing stopped."""
     folder = tmp_path_factory.mktemp("batched")
     seeds(folder)
-    assert ended(lambda: batches(folder)) == 0
+    assert ended(batches, folder) == 0
     return files(folder / "run")
 
 
@@ -135,6 +157,6 @@ def test_batches_of_a_local_writer_are_formed_anew_as_they_were(
 ) -> None:
     seeds(tmp_path)
     fault = {"KDCLI_TESTING": "1", "KDCLI_FAULT": f"augment.{point}:kill"}
-    assert ended(lambda: batches(tmp_path), fault) == -signal.SIGKILL
-    assert ended(lambda: batches(tmp_path)) == 0
+    assert ended(batches, tmp_path, environment=fault) == -signal.SIGKILL
+    assert ended(batches, tmp_path) == 0
     assert files(tmp_path / "run") == batched
