@@ -6,6 +6,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from json import dumps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from kdcli.store.responses import Account
 
 T = TypeVar("T")
 WINDOW = 1024  # questions read ahead; no setting, since the order of what is set aside depends on it
+TOGETHER = 32  # questions that are looked up in the store at once
 FEW = 20  # failed calls before a run ends in the middle of a step
 
 Aside = Callable[[Example, str, str, str], None]
@@ -61,9 +63,9 @@ class RunDesk:
         self._reasons: Counter[str] = Counter()
 
     def ask(self, writer: str, questions: Iterable[tuple[T, Request]]) -> Iterator[tuple[T, Answer]]:
-        """Reads `WINDOW` questions ahead of the answer that it gives, always: so steps meet rows in the same order
-        whether answers are quick, slow or stored. New calls go out in the order of the questions, `writer.batch`
-        together, so that a restart forms the batches that were left."""
+        """Reads `WINDOW` questions, and less than `TOGETHER` more, ahead of the answer that it gives, always: so steps
+        meet rows in the same order whether answers are quick, slow or stored. New calls go out in the order of the
+        questions, `writer.batch` together, so that a restart forms the batches that were left."""
         if writer not in self._office.staff:
             raise ConfigError(f"augmentation.{self.step}: asks the writer {writer}, and there is none of that name")
         waiting: deque[tuple[T, Call]] = deque()
@@ -77,9 +79,9 @@ class RunDesk:
 
         first = 0  # number of the question that `batch` begins with
         try:
-            for number, (thing, request) in enumerate(questions):
+            for number, (thing, found) in enumerate(self._looked_up(writer, questions)):
                 self._office.check()
-                call = self._office.find(writer, request)
+                call = self._office.current(found)
                 if call.key in batch:
                     call = batch[call.key]
                     call.wanted += 1
@@ -125,6 +127,13 @@ class RunDesk:
         """At the step's end. Raises DataError where too many of its calls failed."""
         if self.counts.failed > self._max_failed * self.counts.asked:
             raise self._too_many()
+
+    def _looked_up(self, writer: str, questions: Iterable[tuple[T, Request]]) -> Iterator[tuple[T, Call]]:
+        """Questions with their calls, some read at a time, since a look into the store costs more than a question."""
+        remaining = iter(questions)
+        while group := list(islice(remaining, TOGETHER)):
+            calls = self._office.find(writer, [request for _, request in group])
+            yield from ((thing, call) for (thing, _), call in zip(group, calls, strict=True))
 
     def _next(self, writer: str, waiting: deque[tuple[T, Call]]) -> tuple[T, Answer]:
         thing, call = waiting.popleft()

@@ -6,6 +6,7 @@ import itertools
 import queue
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from kdcli.store.fault import fault
 from kdcli.store.responses import Account, Responses, Spent, dated, request_key
 from kdcli.store.terms import terms_of
 
+RECENT = 4096  # more than come back between a look into the store and its use
 TICK = 0.25  # seconds between looks at what else may have happened while one waits
 
 
@@ -44,21 +46,30 @@ class Office:
         self.meter = meter
         self.staff = {name: Staff(name, writer, self) for name, writer in writers.items()}
         self.calls: dict[bytes, Call] = {}  # in flight
+        self._recent: OrderedDict[bytes, Call] = OrderedDict()  # answered not long ago
         self.changed = threading.Condition()
         self.numbers = itertools.count(1)  # of calls of `write` that came back
         self._error: BaseException | None = None
 
-    def find(self, writer: str, request: Request) -> Call:
-        """The call of this request if it is stored or on its way, else a new one that nobody has made yet."""
-        key = request_key(self.staff[writer].asked.identity, request)
+    def find(self, writer: str, requests: Sequence[Request]) -> list[Call]:
+        """A call for each of some tens of requests, answered where it is stored; `current` says which to make."""
+        identity = self.staff[writer].asked.identity
+        calls = [Call(request_key(identity, request), request) for request in requests]
+        stored = self.store.find_all([call.key for call in calls])
+        for call in calls:
+            call.answer = stored.get(call.key)
+        return calls
+
+    def current(self, call: Call) -> Call:
+        """The call of this request that is on its way, or came back since `find` looked; else the call itself."""
+        if call.answer is not None:
+            return call
         with self.changed:
-            call = self.calls.get(key)
-            if call is not None:
-                call.wanted += 1
-                return call
-        call = Call(key, request)
-        call.answer = self.store.find(key)
-        return call
+            other = self.calls.get(call.key)
+            if other is None:
+                return self._recent.get(call.key, call)
+            other.wanted += 1
+            return other
 
     def leave(self, calls: Iterable[Call]) -> None:
         """Nobody waits for these any more: those that were not begun never are."""
@@ -114,6 +125,10 @@ class Office:
             for call, answer in zip(calls, answers, strict=True):
                 call.answer = answer
                 self.calls.pop(call.key, None)
+                if not answer.failed:
+                    self._recent[call.key] = call
+            while len(self._recent) > RECENT:
+                self._recent.popitem(last=False)
             self.changed.notify_all()
 
     def settle(self, patience: float) -> None:

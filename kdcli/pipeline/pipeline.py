@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from operator import length_hint
 from pathlib import Path
@@ -26,7 +24,6 @@ from kdcli.store.responses import Responses, Spent
 from kdcli.store.terms import terms_of
 
 STEPS = "steps"
-TURN = 5e-4  # seconds
 PATIENCE = 30.0  # seconds that calls under way may take when a run is stopped; later ones are asked again
 
 
@@ -72,8 +69,7 @@ class Pipeline:
         is spent, DataError when too many calls fail, ConfigError and KDError for what a user can mend; what was
         answered is stored then, and the next run goes on from there."""
         (self.folder / STEPS).mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _quick_turns():
-            return Run(self, stopped, told)()
+        return Run(self, stopped, told)()
 
     def plan(self, rows: int = 200) -> Plan:
         """What `run` would ask and spend, estimated from `rows` of the seeds; nobody is asked."""
@@ -245,15 +241,3 @@ class Run:
     def tell(self, progress: Progress) -> None:
         self.beat = time.monotonic()
         self.told(progress)
-
-
-@contextmanager
-def _quick_turns() -> Iterator[None]:
-    """Threads take turns soon: each call needs the interpreter a few times, for a moment, and with Python's own 5 ms
-    between turns 64 threads spend a tenth of a 50 ms call waiting for it."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(TURN)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)

@@ -22,7 +22,7 @@ def fault(point: str, *, rank: int | None = None, step: int | None = None) -> bo
 
     `rank` defaults to this process's. Raises RuntimeError (`raise`) or OSError (`enospc`).
     """
-    if os.environ.get("KDCLI_TESTING") != "1" or not os.environ.get("KDCLI_FAULT"):
+    if "KDCLI_FAULT" not in os.environ or os.environ.get("KDCLI_TESTING") != "1" or not os.environ["KDCLI_FAULT"]:
         return False
     here = int(os.environ.get("RANK", "0")) if rank is None else rank
     matching = [f for f in _parse(os.environ["KDCLI_FAULT"]) if f.matches(point, here, step)]

@@ -38,6 +38,7 @@ CREATE TABLE IF NOT EXISTS spending (
 ) WITHOUT ROWID;
 """
 INSERT = "INSERT OR IGNORE INTO answers (key, answer, model, date) VALUES (?, ?, ?, ?)"
+FIND_ALL = "SELECT key, answer FROM answers WHERE key IN"
 FIND = "SELECT answer FROM answers WHERE key = ?"
 SPEND = """
 INSERT INTO spending VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (run, step, writer) DO UPDATE SET
@@ -122,12 +123,17 @@ class Responses:
 
     def find(self, key: bytes) -> Answer | None:
         """The answer to a request, if one was committed."""
+        return self.find_all([key]).get(key)
+
+    def find_all(self, keys: Sequence[bytes]) -> dict[bytes, Answer]:
+        """The answers to those of some tens of requests that have one. To look costs as much for one as for all."""
+        places = ",".join("?" * len(keys))
         try:
             with self._lock:
-                row = self._reader.execute(FIND, (key,)).fetchone()
+                rows = self._reader.execute(f"{FIND_ALL} ({places})", tuple(keys)).fetchall()
         except sqlite3.Error as error:
             raise _explained(self.path, error) from error
-        return None if row is None else self._answer(row[0])
+        return {key: self._answer(text) for key, text in rows}
 
     def keep(
         self,
@@ -204,17 +210,31 @@ class Responses:
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None, check_same_thread=False)
+        end = time.monotonic() + PATIENCE
         with self._told():
+            while True:
+                try:
+                    self._prepare(connection)
+                    return connection
+                except sqlite3.OperationalError as error:
+                    # Two processes that make a file at once: SQLite does not wait for a change of the journal's mode.
+                    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+                    if code not in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) or time.monotonic() > end:
+                        raise
+                    time.sleep(LINGER)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        with self._transaction(connection, "DEFERRED"):  # what is read is of one moment
             mark = connection.execute("PRAGMA application_id").fetchone()[0]
             tables = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-            if mark != FORMAT and (mark or tables):
-                raise ConfigError(
-                    f"{self.path}: is a database of another program or version; set augment.answers to another file"
-                )
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")  # an answer that was used is on the disk
+        if mark != FORMAT and (mark or tables):
+            raise ConfigError(
+                f"{self.path}: is a database of another program or version; set augment.answers to another file"
+            )
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")  # an answer that was used is on the disk
+        if mark != FORMAT:
             connection.executescript(f"BEGIN IMMEDIATE; PRAGMA application_id = {FORMAT}; {TABLES} COMMIT;")
-        return connection
 
     def _commit_all(self) -> None:
         """The thread: gathers entries for a moment, commits them together, and says so."""
@@ -287,8 +307,8 @@ class Responses:
             self._spare.write_bytes(bytes(SPARE))
 
     @contextmanager
-    def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
-        connection.execute("BEGIN IMMEDIATE")
+    def _transaction(self, connection: sqlite3.Connection, kind: str = "IMMEDIATE") -> Iterator[None]:
+        connection.execute(f"BEGIN {kind}")
         try:
             yield
             connection.execute("COMMIT")

@@ -51,7 +51,7 @@ class Prompt:
         parts = [("system", content["system"])] if content.get("system") else []
         parts += [(turn["role"], turn["content"]) for turn in turns]
         parts.append(("user", content["user"]))
-        self._parts = [(role, self._template(source)) for role, source in parts]
+        self._parts = [(role, self._part(str(source))) for role, source in parts]
         self._student = self._template(content["student"]) if content.get("student") else None
 
     @classmethod
@@ -77,11 +77,19 @@ class Prompt:
     def messages(self, example: Example, **extra: Any) -> list[dict[str, str]]:
         """The chat that asks about `example`. Raises BadRow where the row lacks a field that the template names."""
         values = variables(example) | extra
-        return [{"role": role, "content": self._rendered(part, values).strip()} for role, part in self._parts]
+        return [
+            {"role": role, "content": part if isinstance(part, str) else self._rendered(part, values).strip()}
+            for role, part in self._parts
+        ]
 
     def for_student(self, example: Example, **extra: Any) -> str | None:
         """The prompt that the student will see, or None for the row's own."""
         return None if self._student is None else self._rendered(self._student, variables(example) | extra).strip()
+
+    def _part(self, source: str) -> jinja2.Template | str:
+        """A template, or the text itself where nothing in it depends on the row."""
+        part = self._template(source)
+        return part if any(mark in source for mark in ("{{", "{%", "{#")) else source.strip()
 
     def _template(self, source: Any) -> jinja2.Template:
         return template(source, where=f"{self.where}: {self.name}", names=self.allowed)

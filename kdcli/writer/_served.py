@@ -145,10 +145,10 @@ def tokens(texts: Sequence[str]) -> int:
     return sum(-(-len(text.encode("utf-8", "replace")) // 4) for text in texts)
 
 
-def counted(usage: Any, name: str, estimate: int) -> int:
+def counted(usage: Any, name: str, estimate: Callable[[], int]) -> int:
     """A number of tokens that a server tells, or the estimate."""
     value = usage.get(name) if isinstance(usage, Mapping) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else estimate
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else estimate()
 
 
 def today() -> str:

@@ -109,12 +109,12 @@ class AnthropicWriter(Served):
         )
         text, finished = _text(message.model_dump())
         usage = message.usage.model_dump() if message.usage else None
-        cached = sum(counted(usage, f"cache_{kind}_input_tokens", 0) for kind in ("creation", "read"))
+        cached = sum(counted(usage, f"cache_{kind}_input_tokens", int) for kind in ("creation", "read"))
         return Answer(
             texts=[text],
             finished=[finished],
-            prompt_tokens=counted(usage, "input_tokens", self.count_tokens(request.messages)) + cached,
-            completion_tokens=counted(usage, "output_tokens", tokens([text])),
+            prompt_tokens=counted(usage, "input_tokens", lambda: self.count_tokens(request.messages)) + cached,
+            completion_tokens=counted(usage, "output_tokens", lambda: tokens([text])),
             model=message.model or self.served_model,
             date=today(),
         )

@@ -91,8 +91,8 @@ class ChatWriter(Served):
         }
 
     def _written(self, request: Request) -> Answer:
-        texts: list[tuple[str, str]] = []
-        total = Answer()
+        texts, total = self._asked(request)
+        texts = texts[: request.n]
         while len(texts) < request.n:
             asked = replace(request, n=request.n - len(texts), seed=(request.seed + len(texts)) % 2**31)
             found, one = self._asked(asked)
@@ -143,8 +143,8 @@ class ChatWriter(Served):
             texts = [self._text(choice) for choice in sorted(answer["choices"], key=_index)]
             usage, model = answer.get("usage"), answer.get("model")
             return texts, Answer(
-                prompt_tokens=counted(usage, "prompt_tokens", self.count_tokens(request.messages)),
-                completion_tokens=counted(usage, "completion_tokens", tokens([text for text, _ in texts])),
+                prompt_tokens=counted(usage, "prompt_tokens", lambda: self.count_tokens(request.messages)),
+                completion_tokens=counted(usage, "completion_tokens", lambda: tokens([text for text, _ in texts])),
                 model=model if isinstance(model, str) and model else self.served_model,
                 date=today(),
             )
