@@ -1,7 +1,8 @@
 """Writes docs/systems.md from docs/systems.yaml and from what configs/ and recipes/ hold: `make docs`.
 
 What a row of the page says of a system is looked up, and a row that is not true ends the command: a recipe must be a
-file, and every block of what is called expressible must lead to options that exist.
+file, every block of what is called expressible must lead to options that exist, and what is said to stand for a block
+must be in the recipe.
 """
 
 from __future__ import annotations
@@ -133,9 +134,9 @@ ALSO = {  # block -> other options that do its work
     "critique": {"judge"},  # prompts that say why
     "chat": {"chat_debate"},
     "verify": {"trajectory"},  # which keeps what succeeded
-    "feat": {"reshape", "label"},  # teacher_prompt, with a white-box teacher
 }
-STEP = re.compile(r"^  - /augmentation@augmentation\.\w+: (\w+)$", re.MULTILINE)
+CHOSEN = re.compile(r"^  - /(augmentation|objective)@\w+\.\w+: (\w+)$", re.MULTILINE)
+BLACK_BOX = "override /teacher: none"
 STATES = ("runs", "expressible", "needs")
 INTRODUCTION = """\
 # Which published systems can be written as a recipe?
@@ -149,8 +150,10 @@ expressible, and {needs} need something that is not here ({partly} of these run 
 * **runs**: the linked recipe exists, and CI runs it end to end: its whole pipeline with a small real model as every
   writer, and training steps of its objective on the rows that come out. *One round*: the system repeats it with the
   student of the round before; here a round is a run (`student.path=runs/…/student`, and a writer `hf` with that path).
-  *Without BLOCK*: the recipe has no step of that kind; it says why, or what stands in its place.
-* **expressible**: every block stands for options that exist (the table at the end), but nobody wrote or ran the recipe.
+  Each elicitor and filter of the row is a step of a recipe, or *OPTION for BLOCK* says which other step or objective
+  does its work, and why.
+* **expressible**: every block stands for options that exist (the table at the end), but nobody wrote or ran all of it.
+  *In part* links a tested recipe without the named blocks ({in_part} rows).
 * **needs**: what is missing. A recipe beside it is the part that runs without.
 
 ```
@@ -184,6 +187,7 @@ class System:
     recipe: Sequence[str] = field(default_factory=tuple)
     part: str = ""
     needs: str = ""
+    stands_for: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
@@ -194,19 +198,37 @@ class System:
         return list(dict.fromkeys([*missing, *([self.needs] if self.needs else [])]))
 
     @property
-    def without(self) -> list[str]:
-        """Elicitors and filters that none of its recipes of augmentation has a step for."""
-        files = [ROOT / "recipes" / path(one) for one in self.recipe if "/" not in one]
-        steps = {option for file in files for option in STEP.findall(file.read_text("utf-8"))}
+    def chosen(self) -> set[str]:
+        """Steps and objectives that its recipes choose."""
+        return {option for text in self.texts for _, option in CHOSEN.findall(text)}
+
+    @property
+    def texts(self) -> list[str]:
+        """Its recipes."""
+        files = [ROOT / "recipes" / path(one) for one in self.recipe]
+        return [file.read_text("utf-8") for file in files if file.is_file()]
+
+    @property
+    def lacking(self) -> list[str]:
+        """Elicitors and filters that none of its recipes has a step for; features, where no recipe has a teacher."""
+        steps = {option for text in self.texts for kind, option in CHOSEN.findall(text) if kind == "augmentation"}
         blocks = [(kind, name) for kind in ("elicit", "filter") for name in self.blocks.get(kind, ())]
-        return [name for kind, name in blocks if files and not steps & used_by(kind, name)]
+        lacking = [name for kind, name in blocks if name != "feat" and not steps & used_by(kind, name)]
+        if "feat" in self.of["elicit"] and all(BLACK_BOX in text for text in self.texts):
+            lacking.append("feat")
+        return lacking if self.recipe else []
+
+    @property
+    def without(self) -> list[str]:
+        """What it lacks, and nothing stands for."""
+        return [name for name in self.lacking if name not in self.stands_for]
 
     @property
     def state(self) -> str:
         """`runs`, `expressible` or `needs`."""
         if self.missing:
             return "needs"
-        return "runs" if self.recipe else "expressible"
+        return "runs" if self.recipe and not self.without else "expressible"
 
     @property
     def of(self) -> dict[str, set[str]]:
@@ -255,6 +277,13 @@ def wrong(row: System) -> Iterator[str]:
     yield from (
         f"recipes/{path(one)} does not exist" for one in row.recipe if not (ROOT / "recipes" / path(one)).is_file()
     )
+    for block, told in row.stands_for.items():
+        if block not in row.lacking:
+            yield f"{told['by']} stands for {block}, which is no block that its recipes lack"
+        elif told["by"] not in row.chosen:
+            yield f"{told['by']} stands for {block}, and its recipes do not choose it"
+        elif not told.get("why"):
+            yield f"{told['by']} stands for {block}; say why"
     if row.recipe and "loop.stages" in row.blocks.get("other", ()) and not row.part:
         yield "has several stages and a recipe; say in `part` which of them it is"
 
@@ -274,6 +303,7 @@ def page() -> str:
             runs=counts["runs"],
             expressible=counts["expressible"],
             needs=counts["needs"],
+            in_part=sum(1 for row in rows if row.state == "expressible" and row.recipe),
             partly=sum(1 for row in rows if row.state == "needs" and row.recipe),
             recipes=len({one for row in rows for one in row.recipe}),
         ),
@@ -320,13 +350,16 @@ def here(row: System) -> str:
     """What there is of a system, in words."""
     links = ", ".join(f"[{one}](../recipes/{path(one)})" for one in row.recipe)
     rounds = "one round" if "loop.rounds" in row.blocks.get("other", ()) else ""
+    instead = "; ".join(f"{told['by']} for {block}: {told['why']}" for block, told in row.stands_for.items())
     without = f"without {', '.join(row.without)}" if row.without else ""
-    notes = "; ".join(one for one in (rounds, row.part, without) if one)
+    notes = "; ".join(one for one in (rounds, row.part, instead, without) if one)
     told = f"{links} ({notes})" if links and notes else links
     if row.state == "needs":
         return f"needs {'; '.join(row.missing)}" + (f". Without it: {told}" if told else "")
     if row.state == "runs":
         return f"**runs**: {told}"
+    if row.recipe:
+        return f"expressible; in part: {told}"
     return "expressible" + (f" ({notes})" if notes else "")
 
 

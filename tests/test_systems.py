@@ -29,7 +29,7 @@ from kdcli.writer.hf import HFWriter
 TINY = "recipes://data/tiny_teacher"
 NAMES = sorted(name.removeprefix("systems/") for name in recipes() if name.startswith("systems/"))
 ROWS = 2  # seeds
-SMALL = {"n": 2, "count": 3, "rounds": 1, "turns": 1, "max_steps": 2, "demos": 2, "k": 2, "attempts": 1}
+SMALL = {"n": 2, "count": 3, "rounds": 1, "turns": 1, "max_steps": 2, "demos": 2, "k": 2, "attempts": 1, "max_calls": 4}
 TOKENS = 64  # of an answer
 SEED = 1
 STUDENT = {  # of some 140,000 parameters
@@ -77,6 +77,7 @@ RELAXED: dict[str, dict[str, Any]] = {
     "toolalpaca": {"play.keep": "all"},
     "toolformer": {"unchanged.mark": True, "helps.min": None},
     "tora": {"solve.keep": "all"},
+    "tora_shaping": {"right.mark": True},
     "ultrafeedback": {"pair.keep_ties": True},
     "wavecoder": {"good.threshold": 0.0},
     "zephyr": {"pair.keep_ties": True},

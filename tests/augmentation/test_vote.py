@@ -62,7 +62,27 @@ def test_blocks_do_not_change_the_outcome():
     assert len(run(Vote(method="exact"), rows, rehearsal=True)) == 120
 
 
+def marked(name: str, *marks: bool | None) -> list[Example]:
+    rows = group(name, *(f"{name}{n}" for n in range(len(marks))))
+    return [
+        one if mark is None else replace(one, meta={**one.meta, "correct": mark})
+        for one, mark in zip(rows, marks, strict=True)
+    ]
+
+
+def test_the_share_of_right_answers_is_the_expected_accuracy_also_where_it_is_nothing():
+    rows = marked("a", False, True, True, False) + marked("b", False, False) + marked("c", True, None)
+    step = Vote(method="correct", keep="one")
+    kept = run(step, rows)
+    assert [(one.response, one.meta["share"]) for one in kept] == [("a1", 0.5), ("b0", 0.0), ("c0", 1.0)]
+    assert sorted(step.desk.reasons) == ["no mark", "one is enough", "wrong answer", "wrong answer", "wrong answer"]
+    assert [one.response for one in run(Vote(method="correct"), rows)] == ["a1", "a2", "b0", "c0"]
+    assert [one.group for one in run(Vote(method="correct", min_share=0.5), rows)] == ["a", "a", "c"]
+
+
 def test_wrong_settings_are_named():
+    with pytest.raises(ConfigError, match=r"vote\.extract"):
+        Vote(method="correct", extract="x")
     with pytest.raises(ConfigError, match=r"vote\.min_share"):
         Vote(min_share=2.0)
     with pytest.raises(ConfigError, match=r"vote\.keep"):
