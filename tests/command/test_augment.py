@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -139,10 +140,14 @@ def test_a_signal_keeps_what_is_answered_and_says_how_to_go_on(
     def say(asked: Asked) -> str:
         if server.asked == 4:
             os.kill(os.getpid(), number)
+        if server.asked > 4:
+            over.wait(2)  # so that the run cannot be over before it looks at its signals
         return echo(asked)
 
-    with serving(say, latency=0.1) as server:
+    over = threading.Event()
+    with serving(say) as server:
         ended = kdcli(*command(server))
+        over.set()
         assert ended.code == code
         assert "interrupted in augmentation.answer" in ended.err and "kdcli resume run" in ended.err
         assert status.read(tmp_path / "run") | {"time": ""} == {

@@ -103,26 +103,26 @@ def test_an_answer_that_ends_with_its_connection_is_read_and_another_is_opened()
 @pytest.mark.parametrize(
     "pieces",
     [
-        [b"x"] * 99,
+        [b"x"] * 999,
         [b"HTTP/1.1 200 OK\r\n", *[b"A: b\r\n"] * 99],
-        [b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n", *[b"x"] * 99],
+        [b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", *[b"x"] * 999],
     ],
     ids=["status", "headers", "body"],
 )
 def test_time_is_up_however_slowly_bytes_drip(pieces: list[bytes]) -> None:
-    with talking(saying(*pieces, pause=0.05)) as (port, _):
+    with talking(saying(*pieces, pause=0.2)) as (port, _):
         begun = time.monotonic()
         with pytest.raises(TimeoutError):
             post(connections(port), seconds=0.4)
-        assert 0.3 < time.monotonic() - begun < 1.5
+        assert 0.3 < time.monotonic() - begun < 10
 
 
 def test_a_connection_that_accepts_nothing_is_not_waited_for() -> None:
-    with talking(lambda one: time.sleep(3)) as (port, _):
+    with talking(lambda one: time.sleep(30)) as (port, _):
         begun = time.monotonic()
         with pytest.raises(TimeoutError):
             connections(port).post("/", {}, b"x" * (64 << 20), seconds=0.4, max_bytes=10)
-        assert time.monotonic() - begun < 1.5
+        assert time.monotonic() - begun < 10
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,8 @@ def test_certificates_are_those_of_the_name_though_an_address_is_connected_to(
 
 
 def test_a_handshake_is_not_waited_for_without_end() -> None:
-    with talking(lambda one: time.sleep(3)) as (port, _):
+    with talking(lambda one: time.sleep(30)) as (port, _):
         begun = time.monotonic()
         with pytest.raises(TimeoutError):
             post(connections(port, "https://localhost"), seconds=0.4)
-        assert time.monotonic() - begun < 1.5
+        assert time.monotonic() - begun < 10

@@ -40,7 +40,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def writer(server: ChatServer, **settings: Any) -> AnthropicWriter:
     given: dict[str, Any] = {"url": server.root, "model": "m", "api_key_env": "MY_LLM_LOGIN", "retries": 1}
-    return AnthropicWriter(**(given | {"timeout": 0.6} | settings))
+    return AnthropicWriter(**(given | {"timeout": 30.0} | settings))
 
 
 def one(writer: AnthropicWriter, **settings: Any) -> Answer:
@@ -108,14 +108,14 @@ PASSING = {
     "empty": "empty answer",
     "unfinished": "incomplete answer",
     "finish:pause_turn": "no text",
-    "slow:0.8": "timeout",
+    "slow:3": "timeout",
     "huge": "answer too long",
 }
 
 
 @pytest.mark.parametrize("fault", PASSING)
 def test_what_may_pass_is_asked_again_and_then_a_failure(fault: str, server: ChatServer) -> None:
-    asking = writer(server)
+    asking = writer(server, **({"timeout": 1.5} if PASSING[fault] == "timeout" else {}))
     server.fail(fault)
     assert not one(asking).failed
     assert server.asked == 2, "each try is ours: the library tries nothing again"

@@ -68,7 +68,7 @@ def executable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
     assert gone(file), "nothing is left running"
 
 
-def gone(executable: Path, seconds: float = 10.0) -> bool:
+def gone(executable: Path, seconds: float = 30.0) -> bool:
     """Whether the stand-in has ended."""
     file = executable.with_name("pid")
     end = time.monotonic() + seconds
