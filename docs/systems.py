@@ -137,6 +137,7 @@ ALSO = {  # block -> other options that do its work
 }
 CHOSEN = re.compile(r"^  - /(augmentation|objective)@\w+\.\w+: (\w+)$", re.MULTILINE)
 BLACK_BOX = "override /teacher: none"
+WITHOUT_KD = "  kd: null"
 STATES = ("runs", "expressible", "needs")
 INTRODUCTION = """\
 # Which published systems can be written as a recipe?
@@ -150,10 +151,9 @@ expressible, and {needs} need something that is not here ({partly} of these run 
 * **runs**: the linked recipe exists, and CI runs it end to end: its whole pipeline with a small real model as every
   writer, and training steps of its objective on the rows that come out. *One round*: the system repeats it with the
   student of the round before; here a round is a run (`student.path=runs/…/student`, and a writer `hf` with that path).
-  Each elicitor and filter of the row is a step of a recipe, or *OPTION for BLOCK* says which other step or objective
-  does its work, and why.
-* **expressible**: every block stands for options that exist (the table at the end), but nobody wrote or ran all of it.
-  *In part* links a tested recipe without the named blocks ({in_part} rows).
+  Every elicitor, filter and objective of the row, and all behind its *+* but the loops, is in one of its recipes, or
+  *OPTION for BLOCK* says which other step or objective does its work, and why. Of several systems it is those named.
+* **expressible**: every block stands for options that exist (the table at the end), but nobody wrote or ran all of it{in_part}.
 * **needs**: what is missing. A recipe beside it is the part that runs without.
 
 ```
@@ -210,13 +210,10 @@ class System:
 
     @property
     def lacking(self) -> list[str]:
-        """Elicitors and filters that none of its recipes has a step for; features, where no recipe has a teacher."""
-        steps = {option for text in self.texts for kind, option in CHOSEN.findall(text) if kind == "augmentation"}
-        blocks = [(kind, name) for kind in ("elicit", "filter") for name in self.blocks.get(kind, ())]
-        lacking = [name for kind, name in blocks if name != "feat" and not steps & used_by(kind, name)]
-        if "feat" in self.of["elicit"] and all(BLACK_BOX in text for text in self.texts):
-            lacking.append("feat")
-        return lacking if self.recipe else []
+        """Blocks that exist, and that none of its recipes has."""
+        kinds = ("elicit", "filter", "objective", "other") if self.recipe else ()
+        blocks = [(kind, name) for kind in kinds for name in self.blocks.get(kind, ())]
+        return [name for kind, name in blocks if found(kind, name) and not any(has(t, kind, name) for t in self.texts)]
 
     @property
     def without(self) -> list[str]:
@@ -236,9 +233,22 @@ class System:
         return {kind: set(self.blocks.get(kind, ())) for kind in BLOCKS}
 
 
-def used_by(kind: str, block: str) -> set[str]:
-    """Options of augmentation, any of which makes a recipe have a block."""
-    return {Path(one).name for one in BLOCKS[kind][block][1]} | ALSO.get(block, set())
+def has(recipe: str, kind: str, block: str) -> bool:
+    """Whether the text of a recipe has a step, an objective or an option for a block."""
+    chosen = CHOSEN.findall(recipe)
+    options = {Path(one.partition(":")[0]).name for one in BLOCKS[kind][block][1]} | ALSO.get(block, set())
+    if kind in ("elicit", "filter") and block != "feat":
+        return any(group == "augmentation" and option in options for group, option in chosen)
+    if kind == "objective" and any(group == "objective" and option in options for group, option in chosen):
+        return True
+    if block in ("feat", "div"):  # a teacher whose logits are read; the default objective is a divergence
+        return BLACK_BOX not in recipe and WITHOUT_KD not in recipe
+    if block in ("loop.rounds", "loop.stages"):  # each is a run
+        return True
+    settings = {one.partition(":")[2] for one in BLOCKS[kind][block][1]} - {""}
+    if settings:
+        return any(f"  {setting}:" in recipe for setting in settings)
+    return kind == "other" and any(re.search(rf"override /\w+: {option}$", recipe, re.MULTILINE) for option in options)
 
 
 def found(kind: str, block: str) -> bool:
@@ -278,12 +288,12 @@ def wrong(row: System) -> Iterator[str]:
         f"recipes/{path(one)} does not exist" for one in row.recipe if not (ROOT / "recipes" / path(one)).is_file()
     )
     for block, told in row.stands_for.items():
-        if block not in row.lacking:
+        if set(told) != {"by", "why"}:
+            yield f"stands_for {block} has {', '.join(told)}; give by and why"
+        elif block not in row.lacking:
             yield f"{told['by']} stands for {block}, which is no block that its recipes lack"
         elif told["by"] not in row.chosen:
             yield f"{told['by']} stands for {block}, and its recipes do not choose it"
-        elif not told.get("why"):
-            yield f"{told['by']} stands for {block}; say why"
     if row.recipe and "loop.stages" in row.blocks.get("other", ()) and not row.part:
         yield "has several stages and a recipe; say in `part` which of them it is"
 
@@ -297,13 +307,16 @@ def page() -> str:
     """docs/systems.md."""
     rows = systems()
     counts = Counter(row.state for row in rows)
+    in_part = sum(1 for row in rows if row.state == "expressible" and row.recipe)
     parts = [
         INTRODUCTION.format(
             rows=len(rows),
             runs=counts["runs"],
             expressible=counts["expressible"],
             needs=counts["needs"],
-            in_part=sum(1 for row in rows if row.state == "expressible" and row.recipe),
+            in_part=f";\n  *in part* links a tested recipe without the blocks it names ({in_part} such)"
+            if in_part
+            else "",
             partly=sum(1 for row in rows if row.state == "needs" and row.recipe),
             recipes=len({one for row in rows for one in row.recipe}),
         ),
