@@ -153,7 +153,8 @@ expressible, and {needs} need something that is not here ({partly} of these run 
   student of the round before; here a round is a run (`student.path=runs/…/student`, and a writer `hf` with that path).
   Every elicitor, filter and objective of the row, and all behind its *+* but the loops, is in one of its recipes, or
   *OPTION for BLOCK* says which other step or objective does its work, and why. Of several systems it is those named.
-* **expressible**: every block stands for options that exist (the table at the end), but nobody wrote or ran all of it{in_part}.
+* **expressible**: every block stands for options that exist (the table at the end), but nobody wrote or ran all
+  of it{in_part}.
 * **needs**: what is missing. A recipe beside it is the part that runs without.
 
 ```
@@ -314,7 +315,7 @@ def page() -> str:
             runs=counts["runs"],
             expressible=counts["expressible"],
             needs=counts["needs"],
-            in_part=f";\n  *in part* links a tested recipe without the blocks it names ({in_part} such)"
+            in_part=f"; *in part* links a tested recipe without the blocks it names ({in_part} such)"
             if in_part
             else "",
             partly=sum(1 for row in rows if row.state == "needs" and row.recipe),
