@@ -193,7 +193,8 @@ def test_a_system_composes_and_runs_from_its_seeds_to_two_steps_of_its_objective
     name: str, shared: Shared, tmp_path: Path
 ) -> None:
     config = composed(name)
-    assert composed(name, "augment")["augmentation"] == config["augmentation"], "both verbs have the same steps"
+    if name in NAMES[::8]:  # composing is what costs here
+        assert composed(name, "augment")["augmentation"] == config["augmentation"], "both verbs have the same steps"
     shrunk(name, config)
     rows = ran(name, config, shared, tmp_path / "augment")
     asked = {n for n, step in config["augmentation"].items() if "writer" in step and not step.get("oracle")}
