@@ -7,6 +7,7 @@ import logging
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["JE_ARROW_MALLOC_CONF"] = "background_thread:false"  # pandas imports pyarrow, whose allocator has one
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import deepspeed
