@@ -28,7 +28,7 @@ class MathVerify:
     """
 
     def __init__(self, *, seconds: float = SECONDS) -> None:
-        require("math_verify", "augment", "comparing mathematical answers")
+        _require()
         self.seconds = seconds
         self._idle: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
@@ -101,12 +101,22 @@ class MathVerify:
         )
 
 
-@cache
 def shared() -> MathVerify:
-    """The one of this process: a second step need not wait for math-verify to be imported again."""
+    """The one of this process: a second step need not wait for math-verify to be imported again. Raises ConfigError
+    without math-verify."""
+    _require()
+    return _one()
+
+
+@cache
+def _one() -> MathVerify:
     found = MathVerify()
     atexit.register(found.close)
     return found
+
+
+def _require() -> None:
+    require("math_verify", "augment", "comparing mathematical answers")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
