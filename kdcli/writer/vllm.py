@@ -134,7 +134,10 @@ class VLLMWriter(Writer):
             )
         port = self.port or _free_port()
         local = paths.resolve(self.path)
-        command = [executable, "serve", str(local) if local.exists() else self.path]
+        model = str(local) if local.exists() else self.path
+        command = [executable, "serve", model]
+        if Path(executable).name.startswith("python"):  # builds for CPUs whose `vllm` does not know its own version
+            command = [executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
         command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", self.path]
         command += ["--revision", self.revision] if self.revision else []
         handle, name = tempfile.mkstemp(prefix="kdcli-vllm-", suffix=".log")

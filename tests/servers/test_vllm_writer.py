@@ -41,7 +41,7 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLLMWriter]:
-    executable = PYTHON.with_name("vllm")
+    executable = PYTHON.absolute()
     if not executable.exists():
         pytest.skip(f"there is no {executable}: `make test-server` installs vLLM")
     folder = tmp_path_factory.mktemp("model")
