@@ -17,7 +17,6 @@ import asyncio
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bars import Bar, show
+from benchmarks.bars import Bar, finish
 from kdcli.api import Answer, Request, Writer
 from kdcli.augmentation.label import Label
 from kdcli.data.jsonl import Jsonl
@@ -206,13 +205,7 @@ def main() -> int:
         found["rows"], more = augment_rows.measure(options.rows)
         checked += more
     print(json.dumps(found, indent=1))
-    show(checked)
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        result = {"machine": machine, **found, "bars": [vars(bar) for bar in checked]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-    return 0 if all(bar.met for bar in checked) else 1
+    return finish(found, checked, options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import multiprocessing
-import platform
 import random
 import resource
 import sys
@@ -32,7 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-from benchmarks.bars import Bar, show
+from benchmarks.bars import Bar, finish
 from kdcli.api import Example
 from kdcli.augmentation._minhash import HASHES, jaccard
 from kdcli.augmentation.dedup import Dedup
@@ -213,13 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     found, checked = measure(options.rows)
-    show(checked)
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        told = {"machine": machine, **found, "bars": [vars(bar) for bar in checked]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0 if all(bar.met for bar in checked) else 1
+    return finish(found, checked, options.json)
 
 
 if __name__ == "__main__":

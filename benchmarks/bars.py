@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import platform
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,6 +49,17 @@ def show(bars: list[Bar]) -> None:
     for bar in bars:
         aim = "" if bar.aim is None else f", aim {bar.aim} {'met' if bar.measured <= bar.aim else 'missed'}"
         print(f"{bar.claim:64} {bar.measured:9.3g} {bar.at_most:8.3g}  {'ok' if bar.met else 'MISSED'}{aim}")
+
+
+def finish(found: Mapping[str, Any], checked: Sequence[Bar], file: Path | None) -> int:
+    """Show the bars, write what was found into `file`, if there is one; the exit code."""
+    show(list(checked))
+    if file:
+        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
+        result = {"machine": machine, **found, "bars": [vars(bar) for bar in checked]}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+    return 0 if all(bar.met for bar in checked) else 1
 
 
 def _ours(rows: Rows) -> Iterator[tuple[str, dict[str, Any]]]:

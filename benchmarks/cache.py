@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import re
 import shutil
@@ -30,7 +29,7 @@ import numpy as np
 import torch
 import xxhash
 
-from benchmarks.bars import Bar, show
+from benchmarks.bars import Bar, finish
 from benchmarks.models import Pair, smollm
 from benchmarks.probes import CPU, exact, seconds
 from kdcli.api import Batch, Need
@@ -306,13 +305,7 @@ def main() -> int:
         shutil.rmtree(folder)
     print(json.dumps(found, indent=1))
     checked = bars(found)
-    show(checked)
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        told = {"machine": machine, **found, "bars": [vars(bar) for bar in checked]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0 if all(bar.met for bar in checked) else 1
+    return finish(found, checked, options.json)
 
 
 if __name__ == "__main__":

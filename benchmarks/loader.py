@@ -13,9 +13,7 @@ folder. Exits 1 where kdcli misses a bar.
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import platform
 import re
 import shutil
 import statistics
@@ -28,7 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.bars import Bar, show
+from benchmarks.bars import Bar, finish
 from kdcli.store.tokens import BLOCK, SCHEMA, Segment, Segments, SegmentWriter, TokenRows
 from kdcli.train.loader import Loader
 
@@ -139,13 +137,7 @@ def main() -> int:
         finally:
             shutil.rmtree(folder)
     checked = bars(results)
-    show(checked)
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        told = {"machine": machine, "loader": results, "bars": [vars(bar) for bar in checked]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0 if all(bar.met for bar in checked) else 1
+    return finish({"loader": results}, checked, options.json)
 
 
 if __name__ == "__main__":

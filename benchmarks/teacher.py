@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import os
-import platform
 import re
 import statistics
 import sys
@@ -27,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bars import Bar, show
+from benchmarks.bars import Bar, finish
 from kdcli.api import Batch, Need
 from kdcli.config.build import build
 from kdcli.engine.zero import Zero
@@ -187,13 +185,7 @@ def main() -> int:
                 flush=True,
             )
     checked = bars(results)
-    show(checked)
-    if options.json:
-        machine = {"processor": platform.processor() or platform.machine(), "python": platform.python_version()}
-        told = {"machine": machine, "teacher": results, "bars": [vars(bar) for bar in checked]}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(told, indent=1) + "\n")
-    return 0 if all(bar.met for bar in checked) else 1
+    return finish({"teacher": results}, checked, options.json)
 
 
 if __name__ == "__main__":

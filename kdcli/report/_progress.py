@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
@@ -71,18 +71,23 @@ class Progress:
         return facts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The line with a bar; facts that do not fit are left out, the most dispensable first."""
-        left = self.seconds_left()
-        head = Text(f"step {self.step}/{self.steps}", style="bold")
-        tail = Text("" if left is None else f" {clock(left)} left", style="cyan")
-        facts, room = self._facts(), options.max_width - head.cell_len - tail.cell_len - BAR - 4
-        while facts and sum(len(fact) + 2 for _, fact in facts) > room:
-            facts.remove(max(reversed(facts), key=lambda fact: fact[0]))
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1)
-        grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True, justify="right")
+        """The line with a bar."""
         bar = ProgressBar(total=max(1, self.steps), completed=self.step, complete_style="cyan", finished_style="green")
-        grid.add_row(head, bar, Text("  ".join(fact for _, fact in facts)), tail)
-        yield grid
+        yield barred(f"step {self.step}/{self.steps}", self._facts(), bar, self.seconds_left(), options.max_width - BAR)
+
+
+def barred(head: str, facts: Sequence[tuple[int, str]], bar: ProgressBar, left: float | None, width: int) -> Table:
+    """One line: head, bar, facts and the seconds `left`. Facts for which `width`, without the bar's least, has no room
+    are left out, the most dispensable first."""
+    start = Text(head, style="bold")
+    tail = Text("" if left is None else f" {clock(left)} left", style="cyan")
+    kept, room = list(facts), width - start.cell_len - tail.cell_len - 4
+    while kept and sum(len(fact) + 2 for _, fact in kept) > room:
+        kept.remove(max(reversed(kept), key=lambda fact: fact[0]))
+    grid = Table.grid(padding=(0, 1), expand=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(ratio=1)
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, justify="right")
+    grid.add_row(start, bar, Text("  ".join(fact for _, fact in kept)), tail)
+    return grid

@@ -18,6 +18,7 @@ from kdcli.api import Reporter
 from kdcli.config.build import build_terms
 from kdcli.pipeline.progress import Outcome, Progress, StepOutcome
 from kdcli.report._numbers import clock, money
+from kdcli.report._progress import barred
 from kdcli.store import metrics
 from kdcli.worker.parts import close
 
@@ -148,22 +149,11 @@ class Line:
         return " | ".join([self._head(), *(fact for _, fact in self._facts()), "done"])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The line with a bar; facts that do not fit are left out, the most dispensable first."""
+        """The line with a bar."""
         progress = self.progress
         if progress is None:
             yield Text("starting")
             return
-        left = self.left()
-        head = Text(self._head(), style="bold")
-        tail = Text("" if left is None else f" {clock(left)} left", style="cyan")
-        facts, room = self._facts(), options.max_width - head.cell_len - tail.cell_len - BAR - 4
-        while facts and sum(len(fact) + 2 for _, fact in facts) > room:
-            facts.remove(max(reversed(facts), key=lambda fact: fact[0]))
-        grid = Table.grid(padding=(0, 1), expand=True)
-        grid.add_column(no_wrap=True)
-        grid.add_column(ratio=1)
-        grid.add_column(no_wrap=True)
-        grid.add_column(no_wrap=True, justify="right")
         bar = ProgressBar(
             total=progress.rows_expected,
             completed=self._handled(),
@@ -171,8 +161,7 @@ class Line:
             complete_style="cyan",
             finished_style="green",
         )
-        grid.add_row(head, bar, Text("  ".join(fact for _, fact in facts)), tail)
-        yield grid
+        yield barred(self._head(), self._facts(), bar, self.left(), options.max_width - BAR)
 
     def _head(self) -> str:
         assert self.progress is not None

@@ -46,6 +46,11 @@ class Served(Writer):
         self,
         client: Client,
         *,
+        model: str,
+        temperature: float | None,
+        top_p: float | None,
+        max_tokens: int,
+        extra_body: Mapping[str, Any] | None,
         price_prompt: float = 0.0,
         price_completion: float = 0.0,
         license: str | None = None,
@@ -54,7 +59,12 @@ class Served(Writer):
         for name, value in (("price_prompt", price_prompt), ("price_completion", price_completion)):
             if not value >= 0:
                 raise ConfigError(f"{client.where}.{name}: {value} is no price; set what 1e6 tokens cost, or 0")
+        if max_tokens < 1:
+            raise ConfigError(f"writer.max_tokens: {max_tokens} leave no room for an answer; set at least 1")
         self.client = client
+        self.served_model = model
+        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
+        self.extra_body = dict(extra_body or {})
         self.concurrency = client.concurrency
         self.price_prompt, self.price_completion = price_prompt, price_completion
         self.license, self.terms = license, terms
@@ -66,6 +76,10 @@ class Served(Writer):
     @property
     def endpoint(self) -> str:
         return self.client.server.name
+
+    @property
+    def model(self) -> str:
+        return self.served_model
 
     def write(self, requests: Sequence[Request]) -> list[Answer]:
         return [self._answer(request) for request in requests]

@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any, Literal, Unpack
 
 from kdcli.api import Answer, Request
-from kdcli.errors import ConfigError
 from kdcli.store.http import BadAnswerError, Client, Question
 from kdcli.writer._served import Pricing, Served, closed, counted, limit, today, tokens
 
@@ -61,20 +60,19 @@ class ChatWriter(Served):
             deadline=deadline,
             where="writer",
         )
-        super().__init__(client, **pricing)
-        if max_tokens < 1:
-            raise ConfigError(f"writer.max_tokens: {max_tokens} leave no room for an answer; set at least 1")
-        self.served_model = model
-        self.temperature, self.top_p, self.max_tokens = temperature, top_p, max_tokens
+        super().__init__(
+            client,
+            model=model,
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            extra_body=extra_body,
+            **pricing,
+        )
         self.max_tokens_name = max_tokens_name
         self.send_seed = send_seed
         self.structured: Structured = structured
         self.keep_reasoning = keep_reasoning
-        self.extra_body = dict(extra_body or {})
-
-    @property
-    def model(self) -> str:
-        return self.served_model
 
     def identity(self) -> Mapping[str, Any]:
         return {
